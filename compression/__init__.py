@@ -1,0 +1,22 @@
+"""Codecs: what encodes the values on an edge, counts their exact bits and writes their bytes."""
+
+if __name__ == "compression":
+    # From Python 3.14 on the standard library has a package `compression`, which gzip (so jax)
+    # imports. With the root of the repository on sys.path this folder would be found first: stand
+    # in for it.
+    import os
+    import sysconfig
+
+    __path__ = [os.path.join(sysconfig.get_path("stdlib"), "compression")]
+else:
+    from fedjax_core.compression.base import Codec as Codec
+    from fedjax_core.compression.base import Keys as Keys
+    from fedjax_core.compression.base import Message as Message
+    from fedjax_core.compression.base import Report as Report
+    from fedjax_core.compression.base import Traits as Traits
+    from fedjax_core.compression.base import from_bytes as from_bytes
+    from fedjax_core.compression.base import identity as identity
+    from fedjax_core.compression.base import to_bytes as to_bytes
+    from fedjax_core.compression.chain import chain as chain
+    from fedjax_core.compression.sparse import top_k as top_k
+    from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize

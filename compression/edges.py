@@ -1,0 +1,151 @@
+"""Codecs on edges: what is encoded, sent, decoded and finished, written with the operators.
+
+    uplink    = broadcast of hints + map of encode + sum of decoded messages + map of finish
+    downlink  = map of encode at the server + broadcast of the message, decoded by each client
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_core.compression.base import Codec, Keys, Message, Report
+from fedjax_core.language import types
+from fedjax_core.language.operators import (
+    Received,
+    broadcast_message,
+    federated_broadcast,
+    federated_map,
+    federated_value,
+    sum_messages,
+)
+from fedjax_core.language.placements import CLIENTS
+from fedjax_core.language.tracing import Value
+
+
+class PlacedKeys(NamedTuple):
+    """The randomness of a round, where it is needed.
+
+    Attributes:
+      server: the round's key at the server, `key@SERVER`.
+      shared: the same key at the clients, `key@CLIENTS`.
+      client: each client's own key, `{key}@CLIENTS`.
+    """
+
+    server: Value
+    shared: Value
+    client: Value
+
+    def fold_in(self, tag: int) -> "PlacedKeys":
+        """The keys of one part of the round, told from the other parts by `tag`."""
+
+        def fold(key: jax.Array) -> jax.Array:
+            return jax.random.fold_in(key, tag)
+
+        return PlacedKeys(*(federated_map(fold, key) for key in self))
+
+
+def uplink(
+    codec: Codec,
+    keys: PlacedKeys,
+    server: Value,
+    memory: Value,
+    value: Value,
+    *,
+    present: Value | None = None,
+    name: str = "update",
+) -> tuple[Value, Value, Value]:
+    """Sums the clients' values through a codec: `{T}@CLIENTS -> T@SERVER`.
+
+    Args:
+      codec: encodes at each client; the server decodes, or finishes the sum.
+      keys: of this round.
+      server: the codec's state, at the server.
+      memory: what each sender remembers, at the clients.
+      value: at the clients.
+      present: bool at the clients; one that is False sends no bits and keeps its memory.
+      name: of the edge.
+
+    Returns:
+      `(server, memory, total)`.
+    """
+    hints = _hints(codec, server)
+    member_keys = federated_map(Keys, (keys.shared, keys.client))
+
+    def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
+        return codec.encode(keys, memory, hints, value)
+
+    def receive(keys: Keys, hints: Any, message: Message) -> tuple[Any, Any]:
+        return codec.decode(keys, hints, message), message.stats
+
+    def finish(key: jax.Array, server: Any, received: Received) -> tuple[Any, Any]:
+        report = Report(received.count, received.bits, received.stats)
+        return codec.finish(key, server, received.total, report)
+
+    new_memory, message = federated_map(encode, member_keys, memory, hints, value)
+    received = sum_messages(
+        message,
+        codec=codec.name,
+        receive=receive,
+        bits=codec.bits,
+        context=(member_keys, hints),
+        present=present,
+        name=name,
+    )
+    server, total = federated_map(finish, keys.server, server, received)
+    return server, _kept(present, new_memory, memory), total
+
+
+def _hints(codec: Codec, server: Value) -> Value:
+    hints = federated_map(codec.hints, server)
+    member = cast(types.FederatedType, hints.type_signature).member
+    if types.is_empty(member):
+        return federated_value(types.template(member), CLIENTS)
+    return federated_broadcast(hints, name="hints")
+
+
+def _kept(present: Value | None, new: Value, old: Value) -> Value:
+    """The memory of those who sent, and the old one of those who did not."""
+    if present is None or types.is_empty(old.type_signature):
+        return new
+
+    def keep(present: jax.Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(present, a, b), new, old)
+
+    return federated_map(keep, present, new, old)
+
+
+def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "params") -> Value:
+    """Broadcasts the server's value through a codec without state: `T@SERVER -> T@CLIENTS`.
+
+    Args:
+      codec: encodes at the server, whose own key for this is derived from the round's; each client
+        decodes the same message.
+      keys: of this round.
+      value: at the server.
+      name: of the edge.
+
+    Returns:
+      What the clients decode.
+    """
+
+    def encode(key: jax.Array, value: Any) -> Message:
+        server, memory = codec.init(jax.tree.map(_spec, value))
+        return codec.encode(Keys(key, key), memory, codec.hints(server), value)[1]
+
+    def receive(key: jax.Array, message: Message) -> Any:
+        return codec.decode(Keys(key, key), (), message)
+
+    message = federated_map(encode, keys.server, value)
+    return broadcast_message(
+        message,
+        codec=codec.name,
+        receive=receive,
+        bits=codec.bits,
+        context=(keys.shared,),
+        name=name,
+    )
+
+
+def _spec(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -1,0 +1,139 @@
+"""Sparsification: only the largest elements of each tensor are sent, with their positions.
+
+    Q(x)_i = x_i if |x_i| is among the k largest, else 0          |Q(x) - x|^2 <= (1 - k/n) |x|^2
+
+The survivors are the payload, so that a later stage of a chain can quantise them; the positions
+are side information. On the wire positions take the shorter of a mask of n bits and k indices of
+ceil(log2 n) bits.
+
+References:
+  Aji, Heafield. Sparse communication for distributed gradient descent. EMNLP 2017,
+  arXiv:1704.05021.
+
+  Stich, Cordonnier, Jaggi. Sparsified SGD with memory. NeurIPS 2018, arXiv:1809.07599
+  (contraction).
+"""
+
+import math
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_core.compression.base import Codec, Keys, Message, Survivors, Traits, stateless
+from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.wire import Positions
+from fedjax_core.errors import CodecError
+
+
+def top_k(fraction: float, *, min_size: int = 20_000) -> Codec:
+    """Keeps the ``ceil(fraction * n)`` elements of largest magnitude of each large floating tensor.
+
+    Exactly so many are kept: among equal magnitudes those with the lower index. NaN counts as
+    largest.
+
+    Args:
+      fraction: the part of the elements that is kept, in (0, 1]. A float is taken as the decimal
+        number it prints as: 0.07 of 100 elements are 7.
+      min_size: tensors with strictly more elements are sparsified, the others and all integers
+        travel whole.
+
+    Returns:
+      The codec.
+
+    Raises:
+      CodecError: `fraction` or `min_size` is out of range; a leaf to encode is not an array.
+
+    Example:
+      >>> codec = top_k(0.5, min_size=0)
+      >>> keys = Keys(jax.random.key(0), jax.random.key(1))
+      >>> _, message = codec.encode(keys, (), (), jnp.array([1.0, -4.0, 2.0, 2.0]))
+      >>> codec.decode(keys, (), message).tolist()
+      [0.0, -4.0, 2.0, 0.0]
+    """
+    exact, threshold = _check_fraction(fraction), check_min_size(min_size)
+
+    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Survivors, Positions]:
+        del index
+        flat = jnp.ravel(tensor)
+        indices = largest_positions(flat, math.ceil(exact * flat.size))
+        return Survivors(flat[indices], tensor.shape), Positions(indices, flat.size)
+
+    def encode(keys: Keys, value: Any) -> Message:
+        del keys
+        return encode_large(value, threshold, encode_tensor)
+
+    def decode(keys: Keys, message: Message) -> Any:
+        del keys
+        return decode_large(message, _is_innermost, _scatter)
+
+    traits = Traits(
+        unbiased=False,
+        contractive=True,
+        linear=False,
+        summable=False,
+        exact_bits=True,
+        needs_seed=False,
+    )
+    return stateless(f"top_k({fraction})", traits, encode, decode)
+
+
+def largest_positions(flat: jax.Array, count: int) -> jax.Array:
+    """The positions of the `count` elements of largest magnitude.
+
+    The bits of magnitudes are ordered like the magnitudes, so the smallest kept one is found
+    exactly by bisection over its bits, in one pass for each. To keep a tenth of the 1.6 million
+    elements of the FedAvg CNN's dense layer takes 22 ms on two cores, where `lax.top_k` and the
+    sort of its positions take 120 ms; to keep a hundredth takes either about 20 ms.
+
+    Args:
+      flat: floating ``[n]``.
+      count: how many, 1 to n.
+
+    Returns:
+      int32 ``[count]``, increasing; among equal magnitudes the lower positions.
+    """
+    width = 8 * flat.dtype.itemsize
+    magnitude = jax.lax.bitcast_convert_type(jnp.abs(flat), jnp.dtype(f"uint{width}"))
+    smallest = _smallest_kept(magnitude, count, width)
+    above, equal = magnitude > smallest, magnitude == smallest
+    wanted = count - jnp.sum(above, dtype=jnp.int32)
+    kept = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted))
+    (positions,) = jnp.nonzero(kept, size=count)
+    return positions.astype(jnp.int32)
+
+
+def _smallest_kept(magnitude: jax.Array, count: int, width: int) -> jax.Array:
+    """The `count`-th largest magnitude: the largest number that so many of them reach."""
+    one = jnp.ones((), magnitude.dtype)
+
+    def set_bit(step: jax.Array, found: jax.Array) -> jax.Array:
+        # The sign bit of a magnitude is zero.
+        candidate = found | (one << (width - 2 - step).astype(magnitude.dtype))
+        reached = jnp.sum(magnitude >= candidate, dtype=jnp.int32)
+        return jnp.where(reached >= count, candidate, found)
+
+    return jax.lax.fori_loop(0, width - 1, set_bit, jnp.zeros((), magnitude.dtype))
+
+
+def _is_innermost(node: Any) -> bool:
+    """Whether a node holds the survivors of the last sparsifying stage, not of an earlier one."""
+    return isinstance(node, Survivors) and not isinstance(node.values, Survivors)
+
+
+def _scatter(survivors: Survivors, positions: Positions) -> jax.Array:
+    flat = jnp.zeros(survivors.size, survivors.values.dtype)
+    placed = flat.at[positions.indices].set(
+        survivors.values, indices_are_sorted=True, unique_indices=True
+    )
+    return placed.reshape(survivors.shape)
+
+
+def _check_fraction(fraction: float) -> Fraction:
+    is_number = isinstance(fraction, Real) and not isinstance(fraction, bool)
+    # NaN fails the comparison.
+    if not is_number or not 0 < fraction <= 1:
+        raise CodecError(f"expected fraction to be a number in (0, 1], got {fraction!r}.")
+    return Fraction(fraction) if isinstance(fraction, Fraction) else Fraction(repr(float(fraction)))

@@ -1,0 +1,128 @@
+"""Sums and means, with or without a codec on the edge.
+
+    mean             = multiply by the weight + sum(codec) + sum of the weights + divide
+    unweighted_mean  = sum(codec) + count of those present + divide
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_core.aggregators.base import Aggregator, Measurements, is_present
+from fedjax_core.compression.base import Codec
+from fedjax_core.compression.edges import PlacedKeys, uplink
+from fedjax_core.errors import ArgumentError
+from fedjax_core.language.operators import (
+    divide,
+    federated_count,
+    federated_map,
+    federated_sum,
+    multiply,
+)
+from fedjax_core.language.tracing import Value
+
+
+def sum(codec: Codec | None = None) -> Aggregator:  # noqa: A001 - the operator's name
+    """The sum of the clients' values, weights ignored.
+
+    Args:
+      codec: what encodes each client's value on the way up; None sends it raw.
+
+    Returns:
+      An aggregator that measures `{"sum": {"num_clients"}}`.
+    """
+    init = _codec_init(codec)
+
+    def aggregate(
+        keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
+    ) -> tuple[Value, Value, Value, Measurements]:
+        present = is_present(weight)
+        server, memory, total = _sum(codec, keys, server, memory, value, present)
+        return server, memory, total, {"sum": {"num_clients": federated_count(present)}}
+
+    return Aggregator(False, init, aggregate)
+
+
+def mean(codec: Codec | None = None) -> Aggregator:
+    """The weighted mean: ``sum_k w_k x_k / sum_k w_k``, zero if the weights sum to zero.
+
+    The value is multiplied by its weight before the codec, so that one common step of a quantiser spends the
+    bits where they count.
+
+    Args:
+      codec: what encodes each client's weighted value on the way up; None sends it raw.
+
+    Returns:
+      An aggregator that measures `{"mean": {"num_clients", "total_weight"}}`.
+    """
+
+    def aggregate(
+        keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
+    ) -> tuple[Value, Value, Value, Measurements]:
+        present = is_present(weight)
+        weighted = federated_map(multiply, value, weight)
+        server, memory, total = _sum(codec, keys, server, memory, weighted, present)
+        total_weight = federated_sum(weight, present=present, name="weight")
+        measurements = {"num_clients": federated_count(present), "total_weight": total_weight}
+        return server, memory, federated_map(divide, total, total_weight), {"mean": measurements}
+
+    return Aggregator(True, _codec_init(codec), aggregate)
+
+
+def unweighted_mean(codec: Codec | None = None) -> Aggregator:
+    """The plain mean over the clients that take part, zero if there are none.
+
+    Args:
+      codec: what encodes each client's value on the way up; None sends it raw.
+
+    Returns:
+      An aggregator that measures `{"unweighted_mean": {"num_clients"}}`.
+    """
+
+    def aggregate(
+        keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
+    ) -> tuple[Value, Value, Value, Measurements]:
+        present = is_present(weight)
+        server, memory, total = _sum(codec, keys, server, memory, value, present)
+        count = federated_count(present)
+        average = federated_map(divide, total, count)
+        return server, memory, average, {"unweighted_mean": {"num_clients": count}}
+
+    return Aggregator(False, _codec_init(codec), aggregate)
+
+
+def _codec_init(codec: Codec | None) -> Any:
+    if codec is not None and not isinstance(codec, Codec):
+        raise ArgumentError(
+            f"Expected a codec such as uniform_quantize(8), or None, got {codec!r}."
+        )
+
+    def init(template: Any) -> tuple[Any, Any]:
+        _check_floating(template)
+        return ((), ()) if codec is None else codec.init(template)
+
+    return init
+
+
+def _check_floating(template: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(template):
+        if not jnp.issubdtype(leaf.dtype, jnp.number):
+            raise ArgumentError(
+                f"Expected numbers to aggregate, got {leaf.dtype} at {jax.tree_util.keystr(path)}."
+            )
+
+
+def _sum(
+    codec: Codec | None,
+    keys: PlacedKeys,
+    server: Value,
+    memory: Value,
+    value: Value,
+    present: Value,
+) -> tuple[Value, Value, Value]:
+    if codec is None:
+        return server, memory, federated_sum(value, present=present, name="update")
+    return uplink(codec, keys, server, memory, value, present=present)
+
+

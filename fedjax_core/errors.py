@@ -1,0 +1,54 @@
+"""The errors of the library: one tree, and each is also the built-in error a Python user expects.
+
+    FedjaxError
+    ├── FederatedTypeError    (TypeError)   a value, type or placement does not fit
+    │   └── PlacementError                  it lives at the wrong placement
+    ├── ArgumentError         (ValueError)  an argument is out of range or inconsistent
+    │   ├── CodecError                      a codec, or the bytes of a message
+    │   └── DataError                       examples, labels, partitions
+    │       └── UnknownClientError (KeyError)
+    ├── StorageError          (OSError)     files, caches and downloads
+    └── ContextError          (RuntimeError) an operator used outside a federated computation
+
+Messages say what was expected, what was got, and what to do.
+"""
+
+
+class FedjaxError(Exception):
+    """Base class of every error that the library raises on purpose."""
+
+
+class FederatedTypeError(FedjaxError, TypeError):
+    """A value, type or placement does not fit."""
+
+
+class PlacementError(FederatedTypeError):
+    """A value lives at the wrong placement, or at none."""
+
+
+class ArgumentError(FedjaxError, ValueError):
+    """An argument is out of range, or disagrees with another one."""
+
+
+class CodecError(ArgumentError):
+    """A codec got a value it cannot encode, or bytes it cannot decode."""
+
+
+class DataError(ArgumentError):
+    """Examples, labels or partitions that cannot be used as given."""
+
+
+class UnknownClientError(DataError, KeyError):
+    """A client id that the dataset does not hold."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message.
+        return str(self.args[0]) if self.args else ""
+
+
+class StorageError(FedjaxError, OSError):
+    """A file, a cache folder or a download that cannot be used."""
+
+
+class ContextError(FedjaxError, RuntimeError):
+    """An operator was used outside the body of a federated computation."""

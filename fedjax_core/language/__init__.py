@@ -1,0 +1,1 @@
+"""The language: types, placed values, programs, and the operators that build them."""

@@ -1,0 +1,269 @@
+"""Between Python values and arrays: what a computation is fed with, and what it gives back.
+
+A member's value is a pytree of arrays (NumPy on the host). Values of clients come as a list or tuple with
+one entry a client, or as a `Federated`. Dicts are matched by key, never by order.
+"""
+
+from collections.abc import Mapping, Sized
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core.errors import FederatedTypeError
+from fedjax_core.language import types
+from fedjax_core.language.placements import CLIENTS
+from fedjax_core.language.types import FederatedType, SequenceType, StructType, TensorType, Type
+from fedjax_core.language.values import Federated, Sequence
+
+
+def to_member(value: Any, t: Type, where: str) -> Any:
+    """Converts one member's value to a pytree of arrays of type `t`.
+
+    Args:
+      value: Python numbers, arrays, containers; a list of examples where `t` has a sequence.
+      t: an unplaced type.
+      where: names the value in errors.
+
+    Raises:
+      FederatedTypeError: naming the leaf that does not fit.
+    """
+    match t:
+        case TensorType():
+            return _to_array(value, t, where)
+        case StructType():
+            return _to_struct(value, t, where)
+        case SequenceType():
+            return _to_sequence(value, t, where)
+    raise FederatedTypeError(f"{where}: expected an unplaced type, got {t}.")
+
+
+def _to_array(value: Any, t: TensorType, where: str) -> Any:
+    if isinstance(value, str) or isinstance(value, Sized) and not hasattr(value, "dtype"):
+        value = _from_python(value, t, where)
+    elif not hasattr(value, "dtype"):
+        value = _from_python(value, t, where)
+    _check_dtype(value, t, where)
+    if not types.is_shape_assignable(t.shape, tuple(value.shape)):
+        raise FederatedTypeError(f"{where}: expected {t}, got shape {tuple(value.shape)}.")
+    dtype = types.runtime_dtype(t.dtype)
+    return value if value.dtype == dtype else value.astype(dtype)
+
+
+def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise FederatedTypeError(f"{where}: expected {t}, got {value!r} ({error}).") from error
+    order = "biufc"
+    target = np.dtype(t.dtype).kind if isinstance(t.dtype, np.dtype) else "?"
+    target = "f" if target == "V" else target  # bfloat16 and its kin
+    fits = array.dtype.kind in order and target in order
+    if not fits or (array.size and order.index(array.dtype.kind) > order.index(target)):
+        raise FederatedTypeError(f"{where}: expected {t}, got {value!r} of {type(value).__name__}.")
+    if target in "iu" and array.size:
+        _check_range(array, t, where)
+    return array.astype(types.runtime_dtype(t.dtype))
+
+
+def _check_range(array: np.ndarray, t: TensorType, where: str) -> None:
+    limits = np.iinfo(types.runtime_dtype(t.dtype))
+    if array.min() < limits.min or array.max() > limits.max:
+        raise FederatedTypeError(f"{where}: expected values that {t} holds, got {array!r}.")
+
+
+def _check_dtype(value: Any, t: TensorType, where: str) -> None:
+    if t.dtype in (value.dtype, types.runtime_dtype(value.dtype)):
+        return
+    if types.runtime_dtype(t.dtype) == value.dtype:
+        return
+    raise FederatedTypeError(
+        f"{where}: expected {t}, got an array of {value.dtype}; convert it with astype."
+    )
+
+
+def _to_struct(value: Any, t: StructType, where: str) -> Any:
+    children = _fields_of(value, t, where)
+    fed = [
+        to_member(child, child_type, f"{where}{_suffix(name, position)}")
+        for position, ((name, child_type), child) in enumerate(
+            zip(t.elements, children, strict=True)
+        )
+    ]
+    return jax.tree.unflatten(t.container, fed)
+
+
+def _suffix(name: str | None, position: int) -> str:
+    return f".{name}" if name else f"[{position}]"
+
+
+def _fields_of(value: Any, t: StructType, where: str) -> list[Any]:
+    """The children of `value` in the order of the type: by name where both have names."""
+    if not t.elements and (value is None or value in ((), [], {})):
+        return []
+    given, _ = types.one_level(value)
+    names = t.names()
+    if isinstance(value, Mapping) and None not in names:
+        by_name = dict(given)
+        if set(by_name) != set(names):
+            raise FederatedTypeError(
+                f"{where}: expected the fields {names} of {t}, got {sorted(map(str, by_name))}."
+            )
+        return [by_name[name] for name in names]
+    if len(given) != len(names):
+        raise FederatedTypeError(
+            f"{where}: expected the {len(names)} fields of {t}, got {len(given)}."
+        )
+    return [child for _, child in given]
+
+
+def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
+    if isinstance(value, Sequence):
+        t.check_assignable_from(types.infer_type(value), where)
+        return value
+    if not isinstance(value, list | tuple | np.ndarray | jax.Array):
+        raise FederatedTypeError(
+            f"{where}: expected a list of examples of type {t.element}, got {type(value).__name__}."
+        )
+    rows = [
+        to_member(row, t.element, f"{where}, example {position}")
+        for position, row in enumerate(value)
+    ]
+    return _stack_rows(rows, t, bucket(len(rows)))
+
+
+def _stack_rows(rows: list[Any], t: SequenceType, capacity: int) -> Sequence:
+    blank = types.template(t.element)
+    padding = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), blank)] * (capacity - len(rows))
+    elements = jax.tree.map(lambda *leaves: np.stack(leaves), *rows, *padding)
+    return Sequence(elements, cast(Any, np.int32(0)), cast(Any, np.int32(len(rows))), capacity)
+
+
+def bucket(size: int) -> int:
+    """The next power of two, so that few different shapes are ever compiled.
+
+    Examples:
+      >>> [bucket(n) for n in (0, 1, 2, 3, 100)]
+      [1, 1, 2, 4, 128]
+    """
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def to_clients(value: Any, t: FederatedType, where: str) -> Any:
+    """Converts a list with one entry a client to a pytree of arrays with a leading clients axis.
+
+    Raises:
+      FederatedTypeError: for anything but a list or a tuple, or naming the client that does not fit.
+    """
+    if not isinstance(value, list | tuple):
+        raise FederatedTypeError(
+            f"{where}: expected a list with one entry a client for {t}, got {value!r} of "
+            f"{type(value).__name__}; wrap the values in a list, or in fc.Federated."
+        )
+    members = [
+        to_member(member, t.member, f"{where}, client {client}")
+        for client, member in enumerate(value)
+    ]
+    return stack_members(members, t.member)
+
+
+def stack_members(members: list[Any], t: Type) -> Any:
+    """Stacks members' values along a new leading clients axis, padding sequences alike."""
+    if not members:
+        blank = types.template(t)
+        return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), blank)
+    is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731 - used twice, as a leaf predicate
+    return jax.tree.map(
+        lambda *leaves: _stack_sequences(leaves) if is_sequence(leaves[0]) else _stack(leaves),
+        *members,
+        is_leaf=is_sequence,
+    )
+
+
+def _stack(leaves: tuple[Any, ...]) -> Any:
+    on_host = all(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves)
+    return np.stack(leaves) if on_host else jnp.stack(leaves)
+
+
+def _stack_sequences(sequences: tuple[Sequence, ...]) -> Sequence:
+    capacity = max(sequence.capacity for sequence in sequences)
+
+    def pad(x: Any) -> Any:
+        return np.pad(x, [(0, capacity - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+    elements = jax.tree.map(
+        lambda *leaves: np.stack([pad(leaf) for leaf in leaves]),
+        *(sequence.elements for sequence in sequences),
+    )
+    starts = np.stack([sequence.start for sequence in sequences])
+    lengths = np.stack([sequence.length for sequence in sequences])
+    return Sequence(elements, cast(Any, starts), cast(Any, lengths), capacity)
+
+
+def to_placed(value: Any, t: FederatedType, where: str) -> Federated:
+    """Converts what a user passes for a federated parameter to a `Federated` value.
+
+    Raises:
+      FederatedTypeError: where placement, structure, dtype or shape do not fit.
+    """
+    if isinstance(value, Federated):
+        check_federated(value, t, where)
+        return value
+    if t.placement is CLIENTS and not t.all_equal:
+        return Federated(to_clients(value, t, where), CLIENTS)
+    return Federated(to_member(value, t.member, where), t.placement, all_equal=True)
+
+
+def check_federated(value: Federated, t: FederatedType, where: str) -> None:
+    """Raises unless `value` may be passed for a parameter of type `t`."""
+    t.check_assignable_from(type_of_federated(value), where)
+
+
+def type_of_federated(value: Federated) -> FederatedType:
+    """The type of a concrete federated value, without the clients axis."""
+    if value.placement is CLIENTS and not value.all_equal:
+        return FederatedType(_member_type(value.value), CLIENTS, False)
+    return FederatedType(types.infer_type(value.value), value.placement, value.all_equal)
+
+
+def _member_type(stacked: Any) -> Type:
+    def member(x: Any) -> Any:
+        if isinstance(x, Sequence):
+            return x  # knows its own axes
+        if not getattr(x, "shape", ()):
+            raise FederatedTypeError(
+                f"Expected arrays with a leading clients axis in a value at CLIENTS, got {x!r}."
+            )
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+    is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
+    return types.infer_type(jax.tree.map(member, stacked, is_leaf=is_sequence))
+
+
+def num_clients_of(value: Federated) -> int | None:
+    """The size of the clients axis; None where there is none to read it from."""
+    if value.placement is not CLIENTS or value.all_equal:
+        return None
+    is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
+    for leaf in jax.tree.leaves(value.value, is_leaf=is_sequence):
+        return leaf.length.shape[0] if is_sequence(leaf) else leaf.shape[0]
+    return None
+
+
+def to_python(value: Federated) -> Any:
+    """What a computation fed with lists returns: a list with one entry a client, or one value."""
+    host = jax.tree.map(_to_host, value.value)
+    num_clients = num_clients_of(value)
+    if value.placement is not CLIENTS or value.all_equal:
+        return host
+    return [
+        jax.tree.map(lambda x: x[client], host) for client in range(num_clients or 0)  # noqa: B023
+    ]
+
+
+def _to_host(x: Any) -> Any:
+    if types.is_extended_dtype(x.dtype):
+        return x
+    array = np.asarray(x)
+    return array if array.shape else array[()]

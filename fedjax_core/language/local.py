@@ -1,0 +1,218 @@
+"""Local computations: JAX functions of one member's values, traced once per shape."""
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core as jex_core
+
+from fedjax_core.errors import FederatedTypeError
+from fedjax_core.language import types
+from fedjax_core.language.feeding import to_member
+from fedjax_core.language.types import FunctionType, StructType, Type
+
+# Sequences are traced at this capacity where a program is defined; at run time the function is traced
+# again for the capacity of the data, and must give the same types.
+NOMINAL_CAPACITY = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function traced for fixed shapes: `jaxpr` on flat leaves, and the structure of its result."""
+
+    jaxpr: jex_core.ClosedJaxpr
+    out_tree: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Local:
+    """One local computation of a program.
+
+    Attributes:
+      function: takes one positional argument per entry of `parameters`.
+      name: for printing and profiles.
+      parameters: the unplaced types of the arguments.
+      result: the unplaced type of the result.
+      traces: one trace for each set of argument shapes; a single one unless sequences are among them.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    parameters: tuple[Type, ...]
+    result: Type
+    traces: dict[Any, Traced]
+    lock: threading.Lock
+
+    def traced_for(self, args: tuple[Any, ...]) -> Traced:
+        """The trace for arguments of the shapes of `args`, made on first use."""
+        key = _shapes_key(args)
+        with self.lock:
+            if key not in self.traces:
+                self.traces[key] = self._specialise(args)
+            return self.traces[key]
+
+    def __call__(self, *args: Any) -> Any:
+        """Evaluates the trace on pytrees of arrays."""
+        traced = self.traced_for(args)
+        leaves = jax.jit(jex_core.jaxpr_as_fun(traced.jaxpr))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(traced.out_tree, leaves)
+
+    def _specialise(self, args: tuple[Any, ...]) -> Traced:
+        given = tuple(types.infer_type(arg) for arg in args)
+        for position, (expected, got) in enumerate(zip(self.parameters, given, strict=True)):
+            expected.check_assignable_from(got, f"argument {position} of `{self.name}`")
+        traced, result = _trace(self.function, args, self.name)
+        if not self.result.is_equivalent_to(result):
+            raise FederatedTypeError(
+                f"Expected `{self.name}` to return {self.result} whatever the capacity of its "
+                f"sequences, got {result}; reduce over the positions, masked by the length."
+            )
+        return traced
+
+
+def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local:
+    """Traces `function` for arguments of the given types.
+
+    Args:
+      function: a Python callable or a `JaxComputation`.
+      parameters: unplaced types, one for each positional argument.
+      what: names the operator in errors.
+
+    Raises:
+      FederatedTypeError: where the function does not take these types.
+    """
+    if isinstance(function, JaxComputation):
+        function.check_takes(parameters, what)
+        function = function.function
+    if not callable(function):
+        raise FederatedTypeError(
+            f"{what}: expected a function or a jax_computation, got {function!r}."
+        )
+    name = name_of(function)
+    args = tuple(types.template(t, NOMINAL_CAPACITY) for t in parameters)
+    traced, result = _trace(function, args, name)
+    traces = {_shapes_key(args): traced}
+    return Local(function, name, parameters, result, traces, threading.Lock())
+
+
+def name_of(function: Any) -> str:
+    """A readable name for a callable."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return "lambda" if name == "<lambda>" else name
+
+
+def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tuple[Traced, Type]:
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.map(_shape_of, args))
+    for const in jaxpr.consts:
+        if isinstance(const, jax.core.Tracer):
+            raise FederatedTypeError(
+                f"`{name}` captures {const}, a value that JAX is tracing outside of it. A federated "
+                "computation outlives that trace: pass the value as an argument instead."
+            )
+    return Traced(jaxpr, jax.tree.structure(shapes)), types.infer_type(shapes)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _shapes_key(args: Any) -> Any:
+    leaves, tree = jax.tree.flatten(args)
+    return tree, tuple((tuple(x.shape), x.dtype) for x in leaves)
+
+
+class JaxComputation:
+    """A JAX function with declared types, ready to be mapped; made by `jax_computation`.
+
+    Attributes:
+      function: the Python function.
+      type_signature: its `FunctionType`.
+    """
+
+    def __init__(self, function: Callable[..., Any], parameters: tuple[Type, ...]) -> None:
+        self.function = function
+        self.parameters = parameters
+        self._local = trace_local(function, parameters, "jax_computation")
+        self.type_signature = FunctionType(pack_parameters(function, parameters), self._local.result)
+
+    def __repr__(self) -> str:
+        return f"{name_of(self.function)}: {self.type_signature}"
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the function on values of the declared types, sequences given as lists."""
+        if len(args) != len(self.parameters):
+            raise FederatedTypeError(
+                f"`{name_of(self.function)}` expected {len(self.parameters)} arguments of type "
+                f"{self.type_signature.parameter}, got {len(args)}."
+            )
+        members = [
+            to_member(arg, t, f"argument {position} of `{name_of(self.function)}`")
+            for position, (arg, t) in enumerate(zip(args, self.parameters, strict=True))
+        ]
+        return self._local(*members)
+
+    def check_takes(self, parameters: tuple[Type, ...], what: str) -> None:
+        """Raises unless arguments of these types may be passed."""
+        if len(parameters) != len(self.parameters):
+            raise FederatedTypeError(
+                f"{what}: expected {len(self.parameters)} arguments for {self!r}, got {len(parameters)}."
+            )
+        for position, (expected, got) in enumerate(zip(self.parameters, parameters, strict=True)):
+            expected.check_assignable_from(
+                got, f"argument {position} of `{name_of(self.function)}` ({what})"
+            )
+
+
+def pack_parameters(function: Callable[..., Any], parameters: tuple[Type, ...]) -> Type | None:
+    """One type for all parameters: none, the only one, or a struct named as in Python."""
+    if len(parameters) < 2:
+        return parameters[0] if parameters else None
+    names = list(inspect.signature(function).parameters)
+    return StructType(list(zip(names, parameters, strict=True)))
+
+
+def jax_computation(*args: Any) -> Any:
+    """A JAX function of one member's values, with declared types.
+
+    Use it as `@jax_computation(T1, T2)` or as `jax_computation(function, T1, T2)`. Without types the
+    function itself is returned: wherever it is mapped, it is traced for the types it meets.
+
+    Args:
+      *args: the types of the parameters, as `to_type` takes them, after the function if given.
+
+    Raises:
+      FederatedTypeError: if the function cannot be traced for these types.
+
+    Examples:
+      >>> import numpy as np
+      >>> add_half = jax_computation(lambda x: x + 0.5, np.float32)
+      >>> str(add_half.type_signature), float(add_half(1.0))
+      ('(float32 -> float32)', 1.5)
+    """
+    function, specs = split_function(args)
+    parameters = tuple(types.to_type(spec) for spec in specs)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if not parameters and inspect.signature(function).parameters:
+            return function
+        return JaxComputation(function, parameters)
+
+    return decorate if function is None else decorate(function)
+
+
+def split_function(args: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
+    """Separates a leading function from the types that follow it."""
+    if args and callable(args[0]) and not isinstance(args[0], type | Type) and not _is_dtype(args[0]):
+        return args[0], args[1:]
+    return None, args
+
+
+def _is_dtype(value: Any) -> bool:
+    try:
+        types.to_type(value)
+    except FederatedTypeError:
+        return False
+    return True

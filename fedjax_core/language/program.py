@@ -1,0 +1,224 @@
+"""The program of a federated computation: immutable records in static single assignment.
+
+One value is one whole pytree with its type. A program knows neither the number of clients nor a clients
+axis. Printing it shows one operation a line:
+
+    %0 = parameter                : {float32}@CLIENTS
+    %1 = sum(%0)                  : float32@SERVER
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from fedjax_core.language import types
+from fedjax_core.language.local import Local
+from fedjax_core.language.placements import CLIENTS, SERVER
+from fedjax_core.language.types import FederatedType, FunctionType, StructType, TensorType, Type
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+    """What the language knows of a codec on an edge: how messages are received and counted.
+
+    Attributes:
+      name: for printing.
+      receive: `(*context, message) -> (value, stats)`, at the receiver of one message.
+      bits: `(message) -> BitCount`, the exact size of one message.
+      fixed_bits: the size where it does not depend on the message, else None.
+    """
+
+    name: str
+    receive: Local
+    bits: Local
+    fixed_bits: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Op:
+    """One operation; `inputs` are positions of earlier operations."""
+
+    type: Type
+    inputs: tuple[int, ...] = ()
+    location: str = ""
+
+    def describe(self) -> str:
+        """The operation and its inputs, as printed."""
+        return f"{type(self).__name__.lower()}({', '.join(f'%{i}' for i in self.inputs)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Parameter(Op):
+    """An argument of the computation."""
+
+    def describe(self) -> str:
+        return "parameter"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Constant(Op):
+    """A pytree of arrays, placed."""
+
+    value: Any
+
+    def describe(self) -> str:
+        return "constant"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Map(Op):
+    """A local computation, at each client or at the server."""
+
+    local: Local
+
+    def describe(self) -> str:
+        return f"map[{self.local.name}]({', '.join(f'%{i}' for i in self.inputs)})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Zip(Op):
+    """A struct made of values at one placement, in the structure `tree`."""
+
+    tree: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Get(Op):
+    """One field of a struct."""
+
+    position: int
+
+    def describe(self) -> str:
+        return f"get[{self.position}](%{self.inputs[0]})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Edge(Op):
+    """A crossing between placements: `inputs[0]` is what travels."""
+
+    label: str = "value"
+    codec: Codec | None = None
+
+    def describe(self) -> str:
+        codec = f", codec={self.codec.name}" if self.codec else ""
+        inputs = ", ".join(f"%{i}" for i in self.inputs)
+        return f"{type(self).__name__.lower()}[{self.label}{codec}]({inputs})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Broadcast(Edge):
+    """Down: inputs are the message, then what the clients need to decode it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Sum(Edge):
+    """Up: inputs are the message, the context of `codec.receive`, and last, if any, who is present.
+
+    Without a codec the result is the sum. With one it is a struct `Received` of the sum of the decoded
+    messages, how many arrived, their bits, and the sum of their statistics.
+    """
+
+    has_presence: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Count(Op):
+    """How many clients there are, or are present. Costs no bits: the server sees who answers."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Aggregate(Edge):
+    """Up: a general fold. Inputs are the value and, at the server, the zero."""
+
+    accumulate: Local
+    merge: Local
+    report: Local
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A typed program over placed values.
+
+    Attributes:
+      name: of the function that it was traced from.
+      ops: the operations in order; the first `len(parameters)` are the parameters.
+      parameter_tree: the arguments' structure with positions in `ops` at the leaves.
+      result_tree: the result's structure, likewise.
+      type_signature: the `FunctionType` of the whole.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    parameter_tree: Any
+    result_tree: Any
+    type_signature: FunctionType
+
+    def __str__(self) -> str:
+        rows = [(f"%{i} = {op.describe()}", str(op.type), op.location) for i, op in enumerate(self.ops)]
+        width = min(max((len(left) for left, _, _ in rows), default=0), 60)
+        lines = [f"{left:<{width}} : {t}" + (f"  # {where}" if where else "") for left, t, where in rows]
+        result = jax.tree.map(lambda i: f"%{i}", self.result_tree)
+        return "\n".join([f"{self.name}: {self.type_signature}", *lines, f"return {result}"])
+
+    @property
+    def edges(self) -> tuple[tuple[int, Edge], ...]:
+        """The crossings, each with its position in `ops`."""
+        return tuple((i, op) for i, op in enumerate(self.ops) if isinstance(op, Edge))
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """The positions of the parameters."""
+        return tuple(i for i, op in enumerate(self.ops) if isinstance(op, Parameter))
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """The positions of the results, in the order of the leaves of `result_tree`."""
+        return tuple(jax.tree.leaves(self.result_tree))
+
+
+def type_bits(t: Type) -> int:
+    """The size in bits of one member's raw value of type `t`: its elements times their width.
+
+    Raises:
+      FederatedTypeError: for a type without a fixed size, such as a sequence.
+
+    Examples:
+      >>> import numpy as np
+      >>> type_bits(types.to_type({"w": (np.float32, [3, 2]), "n": np.int8}))
+      200
+    """
+    if isinstance(t, FederatedType):
+        return type_bits(t.member)
+    if isinstance(t, StructType):
+        return sum(type_bits(child) for child in t.children())
+    if isinstance(t, TensorType) and t.shape is not None and None not in t.shape:
+        leaf = types.template(t)
+        return 8 * leaf.dtype.itemsize * leaf.size
+    raise types.FederatedTypeError(
+        f"Expected a type of fixed size on an edge, got {t}; reduce the sequence at the client first."
+    )
+
+
+def is_at_clients(op: Op) -> bool:
+    """Whether the value of `op` lives at the clients."""
+    return isinstance(op.type, FederatedType) and op.type.placement is CLIENTS
+
+
+def is_at_server(op: Op) -> bool:
+    """Whether the value of `op` lives at the server."""
+    return isinstance(op.type, FederatedType) and op.type.placement is SERVER
+
+
+def round_trips(program: Program) -> tuple[int, ...]:
+    """For each operation, how many aggregations any path to it has passed.
+
+    Client values of level `k` can be computed once the sums of level `k` (from passes below `k`) are at the
+    server; an aggregation of them has level `k + 1`.
+    """
+    levels: list[int] = []
+    for op in program.ops:
+        level = max((levels[i] for i in op.inputs), default=0)
+        goes_up = isinstance(op, Sum | Aggregate | Count)
+        levels.append(level + 1 if goes_up else level)
+    return tuple(levels)
