@@ -224,7 +224,6 @@ def _edge_codec(
         name=name,
         receive=trace_local(receive, members, f"the decoder of {name}"),
         bits=trace_local(bits, members[-1:], f"the bit count of {name}"),
-        fixed_bits=None,
     )
 
 

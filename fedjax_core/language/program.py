@@ -26,13 +26,11 @@ class Codec:
       name: for printing.
       receive: `(*context, message) -> (value, stats)`, at the receiver of one message.
       bits: `(message) -> BitCount`, the exact size of one message.
-      fixed_bits: the size where it does not depend on the message, else None.
     """
 
     name: str
     receive: Local
     bits: Local
-    fixed_bits: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,46 @@
+"""fedjax-core: functional federated learning in JAX.
+
+A federated computation is a typed program over placed pytrees; client work is vectorised over simulated
+clients; aggregators and codecs plug into algorithms that are pairs of pure functions.
+"""
+
+__version__ = "0.1.0"
+
+from fedjax_core import aggregators as aggregators
+from fedjax_core import algorithms as algorithms
+from fedjax_core import compression as compression
+from fedjax_core import datasets as datasets
+from fedjax_core import models as models
+from fedjax_core.bits import BitCount as BitCount
+from fedjax_core.bits import format_bits as format_bits
+from fedjax_core.execution.computation import Computation as Computation
+from fedjax_core.execution.computation import federated_computation as federated_computation
+from fedjax_core.execution.config import Execution as Execution
+from fedjax_core.language.analysis import communication as communication
+from fedjax_core.language.local import jax_computation as jax_computation
+from fedjax_core.language.operators import federated_aggregate as federated_aggregate
+from fedjax_core.language.operators import federated_broadcast as federated_broadcast
+from fedjax_core.language.operators import federated_count as federated_count
+from fedjax_core.language.operators import federated_map as federated_map
+from fedjax_core.language.operators import federated_mean as federated_mean
+from fedjax_core.language.operators import federated_sum as federated_sum
+from fedjax_core.language.operators import federated_value as federated_value
+from fedjax_core.language.operators import federated_zip as federated_zip
+from fedjax_core.language.placements import CLIENTS as CLIENTS
+from fedjax_core.language.placements import SERVER as SERVER
+from fedjax_core.language.types import AbstractType as AbstractType
+from fedjax_core.language.types import FederatedType as FederatedType
+from fedjax_core.language.types import FunctionType as FunctionType
+from fedjax_core.language.types import PlacementType as PlacementType
+from fedjax_core.language.types import SequenceType as SequenceType
+from fedjax_core.language.types import StructType as StructType
+from fedjax_core.language.types import TensorType as TensorType
+from fedjax_core.language.types import Type as Type
+from fedjax_core.language.types import infer_type as infer_type
+from fedjax_core.language.types import to_type as to_type
+from fedjax_core.language.values import Federated as Federated
+from fedjax_core.language.values import Sequence as Sequence
+from fedjax_core.learning.checkpoints import load as load
+from fedjax_core.learning.checkpoints import save as save
+from fedjax_core.learning.evaluation import evaluate as evaluate
+from fedjax_core.learning.loop import train as train

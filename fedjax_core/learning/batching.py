@@ -1,0 +1,53 @@
+"""Batches of a client's examples: shuffled by a key, the last one masked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedjax_core.language.values import Sequence
+
+
+def num_batches(examples: Sequence, batch_size: int) -> jax.Array:
+    """``ceil(length / batch_size)``, an int32 scalar; 0 for an empty sequence."""
+    return (examples.length + batch_size - 1) // batch_size
+
+
+def shuffle(key: jax.Array, examples: Sequence) -> jax.Array:
+    """A random order of the examples.
+
+    Every position draws its own 32 bits from the key, and positions are sorted by them. So the order depends on
+    the key and the length alone, not on the capacity that the sequence happens to be padded to.
+
+    Args:
+      key: of this client and epoch.
+      examples: of the client.
+
+    Returns:
+      int32 `[capacity]`: a permutation whose first `length` entries are the positions of examples.
+    """
+    positions, is_example = examples.positions()
+    draws = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(positions)
+    is_padding = (~is_example).astype(jnp.uint32)
+    return lax.sort((is_padding, draws, positions), num_keys=3)[2]
+
+
+def take_batch(
+    examples: Sequence, order: jax.Array, index: jax.Array, batch_size: int
+) -> tuple[Any, jax.Array]:
+    """The batch number `index` of the examples in the given order.
+
+    Args:
+      examples: of the client.
+      order: int32 `[capacity]`, see `shuffle`.
+      index: int32 scalar, from 0.
+      batch_size: static.
+
+    Returns:
+      `(batch, mask)`: a pytree of `[batch_size, ...]`, and bool `[batch_size]`, False for padding. What the
+      padding holds is undefined.
+    """
+    slots = index * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+    positions = jnp.take(order, slots, mode="clip")
+    return examples.take(positions), slots < examples.length

@@ -1,0 +1,192 @@
+"""The role of client work: what a client does with the model and its own examples.
+
+    context          = prepare(server, params)                          goes down, and is counted
+    memory, output   = work(key, memory, context, params, hyperparams, examples)
+    server           = finish(server, mean_extra)
+
+Local training = epochs x batches, shuffled by the client's key x an optimiser that starts afresh.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fedjax_core.errors import ArgumentError
+from fedjax_core.language.values import Sequence
+from fedjax_core.learning.batching import num_batches, shuffle, take_batch
+from fedjax_core.learning.metrics import Mean, Sum
+from fedjax_core.learning.models import Model
+
+Stats = Mapping[str, Mean | Sum]
+Weighting = Literal["num_examples", "uniform"] | Callable[[Stats], jax.Array]
+
+
+class ClientOutput(NamedTuple):
+    """What a client hands to the aggregation.
+
+    Attributes:
+      update: initial minus trained variables.
+      weight: float32 scalar.
+      metrics: stats to sum (see `fedjax_core.learning.metrics`).
+      extra: pytree whose mean goes to `ClientWork.finish`; () if none.
+    """
+
+    update: Any
+    weight: jax.Array
+    metrics: Any
+    extra: Any = ()
+
+
+class ClientWork(NamedTuple):
+    """The client's part of an algorithm, as pure functions of one client's values.
+
+    Attributes:
+      init: `(params) -> (server, memory)`: state at the server, and what each client remembers.
+      prepare: `(server, params) -> context`: what goes down beside the model.
+      work: `(key, memory, context, params, hyperparams, examples) -> (memory, ClientOutput)`.
+      finish: `(server, mean_extra) -> server`.
+      hyperparams: `(params) -> pytree`: the initial values of what may be swept, () if nothing.
+    """
+
+    init: Callable[[Any], tuple[Any, Any]]
+    prepare: Callable[[Any, Any], Any]
+    work: Callable[..., tuple[Any, ClientOutput]]
+    finish: Callable[[Any, Any], Any]
+    hyperparams: Callable[[Any], Any]
+
+
+def local_training(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    num_epochs: int = 1,
+    weighting: Weighting = "num_examples",
+) -> ClientWork:
+    """Client work that trains for some epochs on the client's own examples.
+
+    Each epoch visits the examples once, in an order drawn from the client's key; the last batch is padded and
+    masked, never dropped. A client without examples takes no step.
+
+    Args:
+      model: what is trained.
+      optimizer: any optax optimiser; its state starts afresh at each client in each round. Hyper-parameters
+        injected by `optax.inject_hyperparams` are taken from the server's state.
+      batch_size: examples a step.
+      num_epochs: passes over the client's examples in a round.
+      weighting: "num_examples", "uniform" (one for every client), or a function of the client's training stats.
+
+    Raises:
+      ArgumentError: for numbers that are not positive, or another weighting.
+    """
+    _check_positive(batch_size=batch_size, num_epochs=num_epochs)
+    weigh = _weigher(weighting)
+
+    def work(
+        key: jax.Array, memory: Any, context: Any, params: Any, hyperparams: Any, examples: Sequence
+    ) -> tuple[Any, ClientOutput]:
+        state = with_hyperparams(optimizer.init(params), hyperparams)
+        trained, stats = train_locally(
+            key, model, optimizer, params, state, examples, batch_size, num_epochs
+        )
+        update = jax.tree.map(lambda old, new: old - new, params, trained)
+        return memory, ClientOutput(update, weigh(stats), stats)
+
+    return ClientWork(
+        init=lambda params: ((), ()),
+        prepare=lambda server, params: (),
+        work=work,
+        finish=lambda server, extra: server,
+        hyperparams=lambda params: injected_hyperparams(optimizer.init(params)),
+    )
+
+
+def train_locally(
+    key: jax.Array,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    variables: Any,
+    state: Any,
+    examples: Sequence,
+    batch_size: int,
+    num_epochs: int,
+) -> tuple[Any, Stats]:
+    """Trains `variables` on one client's examples; returns them and the stats of all batches.
+
+    Args:
+      key: the client's own.
+      model: gives loss and stats of a batch.
+      optimizer: with `state` as its first state.
+      variables: to begin with.
+      state: of the optimiser.
+      examples: of the client.
+      batch_size: examples a step.
+      num_epochs: passes over the examples.
+    """
+    differentiate = jax.grad(model.loss, argnums=1, has_aux=True)
+
+    def epoch(number: jax.Array, carry: Any) -> Any:
+        epoch_key = jax.random.fold_in(key, number)
+        order = shuffle(jax.random.fold_in(epoch_key, 0), examples)
+        dropout_key = jax.random.fold_in(epoch_key, 1)
+
+        def step(index: jax.Array, carry: Any) -> Any:
+            variables, state, stats = carry
+            batch, mask = take_batch(examples, order, index, batch_size)
+            step_key = jax.random.fold_in(dropout_key, index)
+            gradients, (batch_stats, after) = differentiate(step_key, variables, batch, mask, True)
+            updates, state = optimizer.update(gradients, state, variables)
+            variables = optax.apply_updates(after, updates)
+            return variables, state, jax.tree.map(jnp.add, stats, batch_stats)
+
+        return lax.fori_loop(0, num_batches(examples, batch_size), step, carry)
+
+    start = (variables, state, _zero_stats(model, key, variables, examples, batch_size))
+    variables, _, stats = lax.fori_loop(0, num_epochs, epoch, start)
+    return variables, stats
+
+
+def _zero_stats(
+    model: Model, key: jax.Array, variables: Any, examples: Sequence, batch_size: int
+) -> Stats:
+    def measure() -> Any:
+        batch, mask = take_batch(examples, jnp.arange(examples.capacity), jnp.int32(0), batch_size)
+        return model.loss(key, variables, batch, mask, True)[1][0]
+
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(measure))
+
+
+def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:
+    if weighting == "uniform":
+        return lambda stats: (stats["num_examples"].total > 0).astype(jnp.float32)
+    if weighting == "num_examples":
+        return lambda stats: stats["num_examples"].total.astype(jnp.float32)
+    if callable(weighting):
+        return lambda stats: jnp.asarray(weighting(stats), jnp.float32)
+    raise ArgumentError(
+        f"Expected weighting to be 'num_examples', 'uniform' or a function of the stats, got {weighting!r}."
+    )
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ArgumentError(f"Expected {name} to be a positive integer, got {number!r}.")
+
+
+def injected_hyperparams(state: Any) -> Any:
+    """The hyper-parameters that `optax.inject_hyperparams` put into an optimiser's state, else ()."""
+    return dict(state.hyperparams) if _is_injected(state) else ()
+
+
+def with_hyperparams(state: Any, hyperparams: Any) -> Any:
+    """An optimiser's state with the given hyper-parameters injected, if it takes any."""
+    return state._replace(hyperparams=dict(hyperparams)) if _is_injected(state) else state
+
+
+def _is_injected(state: Any) -> bool:
+    return "hyperparams" in getattr(state, "_fields", ())
