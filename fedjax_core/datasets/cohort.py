@@ -1,0 +1,96 @@
+"""The examples of one round: many clients packed into one set of arrays."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_core.language.values import Sequence
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cohort:
+    """The clients of one round and their examples, as a pytree that any JAX transform accepts.
+
+    All examples lie in one pool, one client after the other; a client is a slice of it. `rows` and
+    `capacity` are powers of two, so that few different shapes occur over the rounds of a training.
+
+    Attributes:
+      examples: feature name -> array ``[rows, ...]``; rows past the last client's end are zeros.
+      start: int32 ``[num_clients]``, the first row of each client.
+      length: int32 ``[num_clients]``, its number of examples, 0 for an empty client.
+      uid: uint32 ``[num_clients, 2]``, `client_uid` of its id: what its random key is folded from.
+      index: int32 ``[num_clients]``, its position in the dataset. Clients that only pad the cohort
+        hold the size of the dataset there: JAX drops a scatter to that position.
+      valid: bool ``[num_clients]``, False for clients that only pad the cohort.
+      capacity: static upper bound of `length`.
+    """
+
+    examples: dict[str, Any]
+    start: Any
+    length: Any
+    uid: Any
+    index: Any
+    valid: Any
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the cohort has, those that pad it included."""
+        return self.start.shape[0]
+
+    def sequence(self) -> Sequence:
+        """The clients' examples as a packed `Sequence`: what a federated computation takes."""
+        return Sequence(self.examples, self.start, self.length, self.capacity, packed=True)
+
+    def __repr__(self) -> str:
+        shapes = {
+            name: f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") else repr(x)
+            for name, x in self.examples.items()
+        }
+        size = self.num_clients if hasattr(self.start, "shape") else "?"
+        return f"Cohort(num_clients={size}, capacity={self.capacity}, examples={shapes})"
+
+
+def client_uid(client_id: str) -> np.ndarray:
+    """The first 64 bits of the SHA-256 of a client's id, as two big-endian uint32.
+
+    Returns:
+      uint32 ``[2]``. It depends on the id alone: not on the dataset, the cohort or the machine.
+
+    Examples:
+      >>> [hex(word) for word in client_uid("abc")]
+      ['0xba7816bf', '0x8f01cfea']
+    """
+    return client_uids([client_id])[0]
+
+
+def client_uids(client_ids: list[str] | tuple[str, ...]) -> np.ndarray:
+    """`client_uid` of many clients: uint32 ``[num_clients, 2]``."""
+    # "surrogatepass": ids are any str; one that UTF-8 cannot hold must not end a training.
+    digests = (hashlib.sha256(i.encode("utf-8", "surrogatepass")).digest()[:8] for i in client_ids)
+    words = np.frombuffer(b"".join(digests), dtype=">u4")
+    return words.astype(np.uint32).reshape(-1, 2)
+
+
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`, and at least 1."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def gather_rows(array: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """``array[rows]``, padded with zeros to `size` rows: ``[size, ...]`` in memory."""
+    gathered = np.zeros((size, *array.shape[1:]), array.dtype)
+    # mode="clip" writes straight into `out`; the default mode would make a second copy.
+    np.take(array, rows, axis=0, out=gathered[: len(rows)], mode="clip")
+    return gathered
+
+
+def slice_rows(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The row numbers of many slices, one after the other: int64 ``[sum(length)]``."""
+    ends = np.cumsum(length, dtype=np.int64)
+    shift = np.asarray(start, np.int64) - (ends - length)
+    return np.repeat(shift, length) + np.arange(ends[-1] if len(ends) else 0, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Models, client work, metrics and the training loop. Import its modules by name."""
