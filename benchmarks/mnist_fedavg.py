@@ -1,0 +1,155 @@
+"""Accuracy against bits: FedAvg on real MNIST images, with and without compression.
+
+8,000 of MNIST's 10,000 test images train and 2,000 test; 80 clients of 100 images each, labels by Dirichlet(1);
+10 clients a round, batches of 20, one epoch, client learning rate 0.1, 60 rounds. The first runs of a column
+share seeds, so that differences are paired.
+
+    python benchmarks/mnist_fedavg.py --data-dir DIR      # DIR holds t10k-images-idx3-ubyte.gz and its labels
+
+Prints a table and writes it as JSON with the machine, the versions and the commit.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import fedjax_core as fc
+from fedjax_core.datasets.idx import read_idx
+
+NUM_TRAIN = 8_000
+NUM_CLIENTS = 80
+ALPHA = 1.0
+CLIENTS_PER_ROUND = 10
+BATCH_SIZE = 20
+LEARNING_RATE = 0.1
+NUM_ROUNDS = 60
+NUM_PARAMS = 1_663_370
+
+UPLINKS: dict[str, Callable[[], fc.compression.Codec | None]] = {
+    "uncompressed": lambda: None,
+    "8 bit": lambda: fc.compression.uniform_quantize(8),
+    "top-k 10 %, 8 bit": lambda: fc.compression.chain(
+        fc.compression.top_k(0.1), fc.compression.uniform_quantize(8)
+    ),
+}
+
+
+def load_split(data_dir: pathlib.Path, seed: int) -> tuple[Any, dict[str, np.ndarray]]:
+    """The federated training images and the central test images of one seed."""
+    images = read_idx(data_dir / "t10k-images-idx3-ubyte.gz")[..., None]
+    labels = read_idx(data_dir / "t10k-labels-idx1-ubyte.gz").astype(np.int32)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    examples = {"image": images[order], "label": labels[order]}
+    train = {name: x[:NUM_TRAIN] for name, x in examples.items()}
+    test = {name: x[NUM_TRAIN:] for name, x in examples.items()}
+    partition = fc.datasets.partition.dirichlet(NUM_CLIENTS, alpha=ALPHA)
+    return fc.datasets.from_arrays(train, partition=partition, seed=seed), test
+
+
+def run(algorithm: Any, model: Any, data_dir: pathlib.Path, seed: int, num_rounds: int) -> dict[str, float]:
+    """One training run."""
+    dataset, test = load_split(data_dir, seed)
+    sampler = fc.datasets.sampling.uniform(dataset, CLIENTS_PER_ROUND, seed=seed)
+    begin = time.perf_counter()
+    state, history = fc.train(
+        algorithm, dataset, sampler, num_rounds=num_rounds, key=jax.random.key(seed)
+    )
+    seconds = time.perf_counter() - begin
+    update_bits = sum(int(record.communication["aggregate/update"]) for record in history)
+    return {
+        "accuracy": float(fc.evaluate(model, state.params, test)["accuracy"]),
+        "bits_per_param": update_bits / (num_rounds * CLIENTS_PER_ROUND * NUM_PARAMS),
+        "uplink_bits": history[-1].aggregated_bits,
+        "downlink_bits": history[-1].broadcasted_bits,
+        "seconds": seconds,
+        "seconds_per_round": statistics.median(record.seconds for record in history),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "fedjax_core": fc.__version__,
+        "backend": jax.default_backend(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def main() -> int:
+    """Runs the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=pathlib.Path, default=None, help="folder of the IDX files")
+    parser.add_argument("--num-rounds", type=int, default=NUM_ROUNDS)
+    parser.add_argument("--num-seeds", type=int, default=3)
+    parser.add_argument("--output", type=pathlib.Path, default=None, help="JSON file to write")
+    args = parser.parse_args()
+    data_dir = args.data_dir or _default_data_dir()
+    if data_dir is None:
+        print("skipped: give --data-dir, or set FEDJAX_CORE_DATA to a folder with mnist/")
+        return 0
+    model = fc.models.emnist_cnn()
+    results: dict[str, list[dict[str, float]]] = {}
+    for name, codec in UPLINKS.items():
+        algorithm = fc.algorithms.fed_avg(
+            model,
+            client_optimizer=optax.sgd(LEARNING_RATE),
+            aggregator=fc.aggregators.mean(codec=codec()),
+            batch_size=BATCH_SIZE,
+        )
+        for seed in range(args.num_seeds):
+            result = run(algorithm, model, data_dir, seed, args.num_rounds)
+            results.setdefault(name, []).append(result)
+            print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+    print(table(results))
+    if args.output:
+        report = {"machine": describe_machine(), "num_rounds": args.num_rounds, "results": results}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _default_data_dir() -> pathlib.Path | None:
+    folder = os.environ.get("FEDJAX_CORE_DATA")
+    return pathlib.Path(folder) / "mnist" if folder else None
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """The table in Markdown: means over the seeds, and differences paired by seed."""
+    baseline = [run["accuracy"] for run in results["uncompressed"]]
+    lines = [
+        "| uplink | test accuracy | by seed | points below uncompressed | bits a parameter | ratio | s a round |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, runs in results.items():
+        accuracy = [run["accuracy"] for run in runs]
+        gap = 100 * statistics.mean(b - a for a, b in zip(accuracy, baseline, strict=True))
+        bits = statistics.mean(run["bits_per_param"] for run in runs)
+        seconds = statistics.median(run["seconds_per_round"] for run in runs)
+        lines.append(
+            f"| {name} | {statistics.mean(accuracy):.4f} | {' '.join(f'{a:.4f}' for a in accuracy)} "
+            f"| {gap:.2f} | {bits:.4f} | {32 / bits:.2f}x | {seconds:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

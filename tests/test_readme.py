@@ -1,0 +1,57 @@
+"""The README's code runs, and what it says was printed is printed."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def output_block(name: str) -> str:
+    found = re.search(rf"<!-- output: {name} -->\n(.*?)(?:\n\n|\Z)", README, flags=re.DOTALL)
+    assert found, f"no output block {name} in the README"
+    return found[1].removeprefix("```\n").removesuffix("\n```").strip()
+
+
+@pytest.mark.slow
+def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDJAX_CORE_CACHE", str(tmp_path))
+    printed, namespace = [], {}
+    for block in code_blocks():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(block, "README.md", "exec"), namespace)
+        printed.append(out.getvalue())
+    train, edges, temperature, attacked = printed
+    assert len(train.splitlines()) == 4
+    shown = [line.split("  <")[0].rstrip() for line in edges.strip().splitlines()]
+    assert shown == [line.split("  <")[0].rstrip() for line in output_block("communication").splitlines()]
+    assert temperature.splitlines()[0] == "({float32}@CLIENTS -> float32@SERVER)"
+    assert temperature.splitlines()[1].startswith("69.5333")
+    assert attacked.strip() == "[-0.6 -0.8]"
+
+
+def test_table_of_the_readme_is_that_of_the_benchmark():
+    """The figures in the README are those of the committed run."""
+    import importlib.util
+
+    path = ROOT / "benchmarks" / "mnist_fedavg.py"
+    spec = importlib.util.spec_from_file_location("mnist_fedavg", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((ROOT / "benchmarks" / "results" / "mnist_fedavg.json").read_text())
+    assert output_block("mnist_fedavg") == module.table(results["results"])
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
