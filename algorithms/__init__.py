@@ -1,4 +1,4 @@
-"""Federated algorithms: one file each, each a composition of client work, aggregator and server optimiser."""
+"""Federated algorithms, one file each: client work x aggregator x server optimiser."""
 
 from fedjax_core.algorithms.fed_avg import fed_avg as fed_avg
 from fedjax_core.learning.algorithm import Algorithm as Algorithm

@@ -1,12 +1,14 @@
-"""Federated averaging (McMahan et al., 2017), and its generalisation to any server optimiser (Reddi et al., 2021).
+"""Federated averaging, and its generalisation to any server optimiser.
+
+McMahan et al., 2017, and Reddi et al., 2021:
 
     fed_avg = local training x mean x server optimiser
 
-    server:  x_0;  in round t, with a cohort S of clients:
-    client k: x_k = x_t after E epochs of the client optimiser on its batches of size B
-              u_k = x_t - x_k,  w_k = number of examples
-    server:  u = sum_k w_k u_k / sum_k w_k
-             x_{t+1} = server optimiser's step from x_t along the gradient u    (SGD(1.0) is averaging)
+    server:    x_0;  in round t, with a cohort S of clients:
+    client k:  x_k = x_t after E epochs of the client optimiser on its batches of size B
+               u_k = x_t - x_k,  w_k = number of examples
+    server:    u = sum_k w_k u_k / sum_k w_k
+               x_{t+1} = server optimiser's step from x_t along the gradient u  (SGD(1) averages)
 """
 
 import optax
@@ -38,18 +40,18 @@ def fed_avg(
       model: what is trained, such as `models.emnist_cnn()`.
       client_optimizer: any optax optimiser; starts afresh at each client in each round.
       server_optimizer: any optax optimiser; `optax.sgd(1.0)`, which is averaging, if not given.
-      aggregator: how the clients' updates become one; `aggregators.mean()` if not given. One with a codec, such
-        as `mean(codec=uniform_quantize(8))`, compresses the way up.
+      aggregator: how the clients' updates become one; `aggregators.mean()` if not given. One with a
+        codec, such as `mean(codec=uniform_quantize(8))`, compresses the way up.
       broadcast_codec: compresses the model on its way down; None sends it raw.
       batch_size: examples a step of a client; the last batch of an epoch is padded and masked.
       num_epochs: passes of a client over its examples in a round.
-      weighting: of the clients in a weighted mean: "num_examples", "uniform", or a function of a client's
-        training stats.
+      weighting: of the clients in a weighted mean: "num_examples", "uniform", or a function of a
+        client's training stats.
       execution: how a round is run; see `Execution`.
 
     Returns:
-      An `Algorithm`: `init(key) -> state` and `update(state, cohort) -> (state, metrics)`, with the round as a
-      typed program in `computation`.
+      An `Algorithm`: `init(key) -> state` and `update(state, cohort) -> (state, metrics)`, with the
+      round as a typed program in `computation`.
 
     Raises:
       ArgumentError: for numbers that are not positive, or parts that do not fit together.
@@ -58,7 +60,8 @@ def fed_avg(
       >>> import jax
       >>> import numpy as np
       >>> from fedjax_core import datasets, models
-      >>> rows = {"image": np.zeros((4, 28, 28, 1), np.uint8), "label": np.arange(4, dtype=np.int32)}
+      >>> labels = np.arange(4, dtype=np.int32)
+      >>> rows = {"image": np.zeros((4, 28, 28, 1), np.uint8), "label": labels}
       >>> data = datasets.from_clients({"a": rows, "b": rows})
       >>> algorithm = fed_avg(models.linear(), client_optimizer=optax.sgd(0.1), batch_size=2)
       >>> state = algorithm.init(jax.random.key(0))
@@ -67,9 +70,9 @@ def fed_avg(
       (8, 502400)
 
     References:
-      McMahan, Moore, Ramage, Hampson, Aguera y Arcas: Communication-Efficient Learning of Deep Networks from
-      Decentralized Data, AISTATS 2017, arXiv:1602.05629. Reddi et al.: Adaptive Federated Optimization, ICLR
-      2021, arXiv:2003.00295.
+      McMahan, Moore, Ramage, Hampson, Aguera y Arcas: Communication-Efficient Learning of Deep
+      Networks from Decentralized Data, AISTATS 2017, arXiv:1602.05629. Reddi et al.: Adaptive
+      Federated Optimization, ICLR 2021, arXiv:2003.00295.
     """
     work = local_training(
         model,

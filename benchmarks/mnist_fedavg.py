@@ -1,10 +1,11 @@
 """Accuracy against bits: FedAvg on real MNIST images, with and without compression.
 
-8,000 of MNIST's 10,000 test images train and 2,000 test; 80 clients of 100 images each, labels by Dirichlet(1);
-10 clients a round, batches of 20, one epoch, client learning rate 0.1, 60 rounds. The first runs of a column
-share seeds, so that differences are paired.
+8,000 of MNIST's 10,000 test images train and 2,000 test; 80 clients of 100 images each, labels by
+Dirichlet(1); 10 clients a round, batches of 20, one epoch, client learning rate 0.1, 60 rounds. The
+first runs of a column share seeds, so that differences are paired.
 
-    python benchmarks/mnist_fedavg.py --data-dir DIR      # DIR holds t10k-images-idx3-ubyte.gz and its labels
+    python benchmarks/mnist_fedavg.py --data-dir DIR      # DIR holds t10k-images-idx3-ubyte.gz and
+    its labels
 
 Prints a table and writes it as JSON with the machine, the versions and the commit.
 """
@@ -58,7 +59,9 @@ def load_split(data_dir: pathlib.Path, seed: int) -> tuple[Any, dict[str, np.nda
     return fc.datasets.from_arrays(train, partition=partition, seed=seed), test
 
 
-def run(algorithm: Any, model: Any, data_dir: pathlib.Path, seed: int, num_rounds: int) -> dict[str, float]:
+def run(
+    algorithm: Any, model: Any, data_dir: pathlib.Path, seed: int, num_rounds: int
+) -> dict[str, float]:
     """One training run."""
     dataset, test = load_split(data_dir, seed)
     sampler = fc.datasets.sampling.uniform(dataset, CLIENTS_PER_ROUND, seed=seed)
@@ -97,8 +100,10 @@ def describe_machine() -> dict[str, Any]:
 
 def main() -> int:
     """Runs the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", type=pathlib.Path, default=None, help="folder of the IDX files")
+    parser = argparse.ArgumentParser(description="Accuracy against bits of FedAvg on MNIST.")
+    parser.add_argument(
+        "--data-dir", type=pathlib.Path, default=None, help="folder of the IDX files"
+    )
     parser.add_argument("--num-rounds", type=int, default=NUM_ROUNDS)
     parser.add_argument("--num-seeds", type=int, default=3)
     parser.add_argument("--output", type=pathlib.Path, default=None, help="JSON file to write")
@@ -136,7 +141,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     """The table in Markdown: means over the seeds, and differences paired by seed."""
     baseline = [run["accuracy"] for run in results["uncompressed"]]
     lines = [
-        "| uplink | test accuracy | by seed | points below uncompressed | bits a parameter | ratio | s a round |",
+        "| uplink | test accuracy | by seed | points lost | bits a parameter | ratio | s a round |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, runs in results.items():
@@ -145,7 +150,8 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         bits = statistics.mean(run["bits_per_param"] for run in runs)
         seconds = statistics.median(run["seconds_per_round"] for run in runs)
         lines.append(
-            f"| {name} | {statistics.mean(accuracy):.4f} | {' '.join(f'{a:.4f}' for a in accuracy)} "
+            f"| {name} | {statistics.mean(accuracy):.4f} "
+            f"| {' '.join(f'{a:.4f}' for a in accuracy)} "
             f"| {gap:.2f} | {bits:.4f} | {32 / bits:.2f}x | {seconds:.2f} |"
         )
     return "\n".join(lines)

@@ -160,12 +160,16 @@ class _Stages:
         return b"".join(codec.to_bytes(part) for codec, part in self._parts(message))
 
     def from_bytes(self, like: Message, data: bytes) -> tuple[Message, bytes]:
-        parts = []
-        for codec, part in self._parts(like):
-            read, data = codec.from_bytes(part, data)
+        parts, rest = [], data
+        for position, (codec, part) in enumerate(self._parts(like)):
+            try:
+                read, rest = codec.from_bytes(part, rest)
+            except CodecError as error:
+                place = f"stage {position}, {codec.name}, at byte {len(data) - len(rest)}"
+                raise CodecError(f"{place} of {len(data)}: {error}") from error
             parts.append(read)
         sides = tuple(part.side for part in parts)
-        return Message(parts[-1].payload, sides, tuple(part.stats for part in parts)), data
+        return Message(parts[-1].payload, sides, tuple(part.stats for part in parts)), rest
 
     def _parts(self, message: Message) -> list[tuple[Codec, Message]]:
         """What each stage adds to the wire: only the last one writes a payload."""

@@ -1,7 +1,7 @@
 """Codecs on edges: what is encoded, sent, decoded and finished, written with the operators.
 
-    uplink    = broadcast of hints + map of encode + sum of decoded messages + map of finish
-    downlink  = map of encode at the server + broadcast of the message, decoded by each client
+uplink    = broadcast of hints + map of encode + sum of decoded messages + map of finish
+downlink  = map of encode at the server + broadcast of the message, decoded by each client
 """
 
 from typing import Any, NamedTuple, cast

@@ -78,7 +78,8 @@ def uniform_quantize(bits: int = 8, *, min_size: int = 20_000, stochastic: bool 
         exact_bits=True,
         needs_seed=False,
     )
-    return stateless(f"uniform_quantize(bits={width})", traits, encode, decode)
+    rounding = "" if stochastic else ", stochastic=False"
+    return stateless(f"uniform_quantize(bits={width}{rounding})", traits, encode, decode)
 
 
 def _check_bits(bits: int) -> int:

@@ -1,7 +1,7 @@
 """fedjax-core: functional federated learning in JAX.
 
-A federated computation is a typed program over placed pytrees; client work is vectorised over simulated
-clients; aggregators and codecs plug into algorithms that are pairs of pure functions.
+A federated computation is a typed program over placed pytrees; client work is vectorised over
+simulated clients; aggregators and codecs plug into algorithms that are pairs of pure functions.
 """
 
 __version__ = "0.1.0"

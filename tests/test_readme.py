@@ -33,7 +33,9 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     train, edges, temperature, attacked = printed
     assert len(train.splitlines()) == 4
     shown = [line.split("  <")[0].rstrip() for line in edges.strip().splitlines()]
-    assert shown == [line.split("  <")[0].rstrip() for line in output_block("communication").splitlines()]
+    assert shown == [
+        line.split("  <")[0].rstrip() for line in output_block("communication").splitlines()
+    ]
     assert temperature.splitlines()[0] == "({float32}@CLIENTS -> float32@SERVER)"
     assert temperature.splitlines()[1].startswith("69.5333")
     assert attacked.strip() == "[-0.6 -0.8]"
@@ -45,7 +47,8 @@ def test_table_of_the_readme_is_that_of_the_benchmark():
 
     path = ROOT / "benchmarks" / "mnist_fedavg.py"
     spec = importlib.util.spec_from_file_location("mnist_fedavg", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     results = json.loads((ROOT / "benchmarks" / "results" / "mnist_fedavg.json").read_text())

@@ -3,9 +3,9 @@
     (server, memory) = init(template)
     server, memory, value, measurements = aggregate(keys, server, memory, value, weight)
 
-`init` is an ordinary function; `aggregate` is written with the operators of the language, on placed values,
-and so becomes part of the federated computation that uses it. A wrapper is a function from an aggregator to
-an aggregator; `chain` applies wrappers from the outside in.
+`init` is an ordinary function; `aggregate` is written with the operators of the language, on placed
+values, and so becomes part of the federated computation that uses it. A wrapper is a function from
+an aggregator to an aggregator; `chain` applies wrappers from the outside in.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,12 +32,13 @@ class AggregateFn(Protocol):
           server: the aggregator's state, at the server.
           memory: what each client remembers, at the clients.
           value: the clients' values, `{T}@CLIENTS`.
-          weight: `{float32}@CLIENTS`. A client whose weight is not positive is absent: it sends nothing and
-            counts for nothing. Aggregators that are not weighted use it for that alone.
+          weight: `{float32}@CLIENTS`. A client whose weight is not positive is absent: it sends
+            nothing and counts for nothing. Aggregators that are not weighted use it for that alone.
 
         Returns:
-          `(server, memory, value, measurements)`: the new state and memory, the aggregate `T@SERVER`, and a
-          dict of scalars at the server, keyed by the part of the aggregator that measured them.
+          `(server, memory, value, measurements)`: the new state and memory, the aggregate
+          `T@SERVER`, and a dict of scalars at the server, keyed by the part of the aggregator that
+          measured them.
         """
         ...
 
@@ -47,7 +48,8 @@ class Aggregator(NamedTuple):
 
     Attributes:
       is_weighted: whether the weights matter beyond being positive.
-      init: `(template) -> (server, memory)`, from the `jax.ShapeDtypeStruct`s of one client's value.
+      init: `(template) -> (server, memory)`, from the `jax.ShapeDtypeStruct`s of one client's
+        value.
       aggregate: see `AggregateFn`.
     """
 
@@ -62,7 +64,8 @@ Wrapper = Callable[[Aggregator], Aggregator]
 def chain(*parts: Wrapper | Aggregator) -> Aggregator:
     """Composes wrappers around an aggregator, from the outside in.
 
-    `chain(zero_by_norm(10.0), clip_by_global_norm(1.0), mean())` zeroes first, then clips, then averages.
+    `chain(zero_by_norm(10.0), clip_by_global_norm(1.0), mean())` zeroes first, then clips, then
+    averages.
 
     Args:
       *parts: wrappers, and last an aggregator.
@@ -70,16 +73,16 @@ def chain(*parts: Wrapper | Aggregator) -> Aggregator:
     Raises:
       ArgumentError: if the last part is no aggregator, or an earlier one is.
     """
-    if not parts or not isinstance(parts[-1], Aggregator):
+    aggregator = parts[-1] if parts else None
+    if not isinstance(aggregator, Aggregator):
         raise ArgumentError(
             f"Expected an aggregator such as mean() as the last part of a chain, got {parts[-1:]}."
         )
-    *wrappers, aggregator = parts
-    for wrapper in reversed(wrappers):
+    for wrapper in reversed(parts[:-1]):
         if isinstance(wrapper, Aggregator) or not callable(wrapper):
             raise ArgumentError(
-                f"Expected wrappers such as clip_by_global_norm(1.0) before the last part of a chain, got "
-                f"{wrapper!r}."
+                "Expected wrappers such as clip_by_global_norm(1.0) before the last part of a "
+                f"chain, got {wrapper!r}."
             )
         aggregator = wrapper(aggregator)
     return aggregator

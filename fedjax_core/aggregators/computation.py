@@ -1,4 +1,4 @@
-"""An aggregator on its own, as a federated computation: to test it, or to use it without learning."""
+"""An aggregator on its own, as a federated computation: to test it or to use it directly."""
 
 from typing import Any, NamedTuple
 
@@ -40,9 +40,9 @@ def as_computation(aggregator: Aggregator, value_type: Any) -> tuple[Any, Comput
 
     Returns:
       `(state, computation)`: the initial state, and a computation
-      `(state@SERVER, key@SERVER, {value}@CLIENTS, {float32}@CLIENTS) -> Aggregated` of state, round key, values
-      and weights. Client `i` of the list draws its randomness from the key folded with `i`, which is sent
-      as a value of its own: `{uint32}@CLIENTS`, the last argument.
+      `(state@SERVER, key@SERVER, {value}@CLIENTS, {float32}@CLIENTS) -> Aggregated` of state, round
+      key, values and weights. Client `i` of the list draws its randomness from the key folded with
+      `i`, which is sent as a value of its own: `{uint32}@CLIENTS`, the last argument.
 
     Raises:
       ArgumentError: if the aggregator keeps memory at the clients.
@@ -57,10 +57,14 @@ def as_computation(aggregator: Aggregator, value_type: Any) -> tuple[Any, Comput
     member = types.to_type(value_type)
     state, memory = aggregator.init(types.template(member))
     if jax.tree.leaves(memory):
-        raise ArgumentError("Expected an aggregator without memory at the clients; use it in an algorithm.")
+        raise ArgumentError(
+            "Expected an aggregator without memory at the clients; use it in an algorithm."
+        )
     key_type = TensorType(jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
-    def aggregate(state: Value, key: Value, value: Value, weight: Value, client: Value) -> Aggregated:
+    def aggregate(
+        state: Value, key: Value, value: Value, weight: Value, client: Value
+    ) -> Aggregated:
         shared = federated_broadcast(key, name="seed")
         keys = PlacedKeys(key, shared, federated_map(jax.random.fold_in, shared, client))
         no_memory = federated_value(memory, CLIENTS)

@@ -23,8 +23,8 @@ class NormEstimator(NamedTuple):
     Attributes:
       init: `() -> state`.
       report: `(state) -> norm`, a float32 scalar.
-      update: `(state, norms, present) -> state`, on placed values: the state at the server, each client's
-        norm and whether it takes part at the clients.
+      update: `(state, norms, present) -> state`, on placed values: the state at the server, each
+        client's norm and whether it takes part at the clients.
     """
 
     init: Callable[[], Any]
@@ -40,7 +40,8 @@ def fixed(norm: float) -> NormEstimator:
     """
     if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
         raise ArgumentError(
-            f"Expected a positive number or a norm estimator such as quantile(1.0, 0.8), got {norm!r}."
+            "Expected a positive number or a norm estimator such as quantile(1.0, 0.8), got "
+            f"{norm!r}."
         )
     return NormEstimator(
         init=lambda: (),
@@ -61,8 +62,8 @@ def quantile(
     """Follows a quantile of the clients' norms by one bit from each.
 
     With ``b`` the fraction of clients whose norm is at most the estimate ``C``, and target ``t``:
-    ``C <- C exp(eta (t - b))``, or ``C <- C + eta (t - b)`` if not geometric. A round without clients leaves
-    the estimate as it was.
+    ``C <- C exp(eta (t - b))``, or ``C <- C + eta (t - b)`` if not geometric. A round without
+    clients leaves the estimate as it was.
 
     Args:
       initial_estimate: of the first round, positive.
@@ -76,8 +77,8 @@ def quantile(
       ArgumentError: for values out of range.
 
     References:
-      Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with Adaptive Clipping, NeurIPS
-      2021, arXiv:1905.03871.
+      Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with Adaptive Clipping,
+      NeurIPS 2021, arXiv:1905.03871.
     """
     if not initial_estimate > 0:
         raise ArgumentError(f"Expected a positive initial estimate, got {initial_estimate=}.")

@@ -1,7 +1,7 @@
 """Wrappers against single updates that are too large: clipping and zeroing by norm.
 
-    robust_aggregator()       = chain(zero_by_norm(...), clip_by_global_norm(...), mean())
-    compression_aggregator()  = chain(zero_by_norm(...), clip_by_global_norm(...), mean(codec=uniform_quantize(8)))
+robust_aggregator()       = chain(zero_by_norm(...), clip_by_global_norm(...), mean())
+compression_aggregator()  = the same around mean(codec=uniform_quantize(8))
 """
 
 import math
@@ -37,7 +37,7 @@ class WrapperState(NamedTuple):
 
 
 class Limited(NamedTuple):
-    """A value after a wrapper, its norm before, and whether the wrapper changed it (int32, 0 or 1)."""
+    """A value after a wrapper, its norm before, and whether it was changed (int32, 0 or 1)."""
 
     value: Any
     norm: Any
@@ -65,8 +65,8 @@ def global_norm(value: Any, order: float = 2) -> jax.Array:
 def clip_by_global_norm(norm: float | NormEstimator) -> Wrapper:
     """Scales each client's value down to a global Euclidean norm of at most `norm`.
 
-    ``x <- x min(1, C / |x|)``, over all leaves together, dtypes kept. A value whose norm is not finite cannot
-    be scaled and becomes zero.
+    ``x <- x min(1, C / |x|)``, over all leaves together, dtypes kept. A value whose norm is not
+    finite cannot be scaled and becomes zero.
 
     Args:
       norm: the largest norm; a positive number, or an estimator such as `quantile(1.0, 0.8)`.
@@ -82,7 +82,8 @@ def clip_by_global_norm(norm: float | NormEstimator) -> Wrapper:
         size = global_norm(value)
         scale = jnp.where(size > limit, limit / jnp.where(size > 0, size, 1.0), 1.0)
         clipped = jax.tree.map(
-            lambda x: jnp.where(jnp.isfinite(size), x * scale.astype(x.dtype), jnp.zeros_like(x)),
+            # In float32 or wider: a small scale would vanish in half precision.
+            lambda x: jnp.where(jnp.isfinite(size), (x * scale).astype(x.dtype), jnp.zeros_like(x)),
             value,
         )
         return Limited(clipped, size, (~(size <= limit)).astype(jnp.int32))
@@ -150,7 +151,7 @@ def _limit(
 
 
 def default_zeroing_norm() -> NormEstimator:
-    """Twice the 98 % quantile of the largest elements, plus one: 21 in the first round (TFF's default)."""
+    """Twice the 98 % quantile of the largest elements, plus one: 21 at first (TFF's default)."""
     return quantile(10.0, 0.98, math.log(10.0), multiplier=2.0, increment=1.0)
 
 
@@ -160,7 +161,11 @@ def default_clipping_norm() -> NormEstimator:
 
 
 def robust_aggregator(
-    *, zeroing: bool = True, clipping: bool = True, weighted: bool = True, codec: Codec | None = None
+    *,
+    zeroing: bool = True,
+    clipping: bool = True,
+    weighted: bool = True,
+    codec: Codec | None = None,
 ) -> Aggregator:
     """A mean after zeroing of extreme values and adaptive clipping, with TFF's defaults.
 

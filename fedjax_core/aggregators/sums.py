@@ -1,7 +1,7 @@
 """Sums and means, with or without a codec on the edge.
 
-    mean             = multiply by the weight + sum(codec) + sum of the weights + divide
-    unweighted_mean  = sum(codec) + count of those present + divide
+mean             = multiply by the weight + sum(codec) + sum of the weights + divide
+unweighted_mean  = sum(codec) + count of those present + divide
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from fedjax_core.language.operators import (
 from fedjax_core.language.tracing import Value
 
 
-def sum(codec: Codec | None = None) -> Aggregator:  # noqa: A001 - the operator's name
+def sum(codec: Codec | None = None) -> Aggregator:
     """The sum of the clients' values, weights ignored.
 
     Args:
@@ -32,7 +32,7 @@ def sum(codec: Codec | None = None) -> Aggregator:  # noqa: A001 - the operator'
     Returns:
       An aggregator that measures `{"sum": {"num_clients"}}`.
     """
-    init = _codec_init(codec)
+    init = _codec_init(codec, jnp.number, "numbers to sum")
 
     def aggregate(
         keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
@@ -47,8 +47,8 @@ def sum(codec: Codec | None = None) -> Aggregator:  # noqa: A001 - the operator'
 def mean(codec: Codec | None = None) -> Aggregator:
     """The weighted mean: ``sum_k w_k x_k / sum_k w_k``, zero if the weights sum to zero.
 
-    The value is multiplied by its weight before the codec, so that one common step of a quantiser spends the
-    bits where they count.
+    The value is multiplied by its weight before the codec, so that one common step of a quantiser
+    spends the bits where they count.
 
     Args:
       codec: what encodes each client's weighted value on the way up; None sends it raw.
@@ -67,7 +67,8 @@ def mean(codec: Codec | None = None) -> Aggregator:
         measurements = {"num_clients": federated_count(present), "total_weight": total_weight}
         return server, memory, federated_map(divide, total, total_weight), {"mean": measurements}
 
-    return Aggregator(True, _codec_init(codec), aggregate)
+    init = _codec_init(codec, jnp.inexact, "floating-point numbers to average")
+    return Aggregator(True, init, aggregate)
 
 
 def unweighted_mean(codec: Codec | None = None) -> Aggregator:
@@ -89,27 +90,29 @@ def unweighted_mean(codec: Codec | None = None) -> Aggregator:
         average = federated_map(divide, total, count)
         return server, memory, average, {"unweighted_mean": {"num_clients": count}}
 
-    return Aggregator(False, _codec_init(codec), aggregate)
+    init = _codec_init(codec, jnp.inexact, "floating-point numbers to average")
+    return Aggregator(False, init, aggregate)
 
 
-def _codec_init(codec: Codec | None) -> Any:
+def _codec_init(codec: Codec | None, kind: Any, expected: str) -> Any:
     if codec is not None and not isinstance(codec, Codec):
         raise ArgumentError(
             f"Expected a codec such as uniform_quantize(8), or None, got {codec!r}."
         )
 
     def init(template: Any) -> tuple[Any, Any]:
-        _check_floating(template)
+        _check_kind(template, kind, expected)
         return ((), ()) if codec is None else codec.init(template)
 
     return init
 
 
-def _check_floating(template: Any) -> None:
+def _check_kind(template: Any, kind: Any, expected: str) -> None:
     for path, leaf in jax.tree.leaves_with_path(template):
-        if not jnp.issubdtype(leaf.dtype, jnp.number):
+        if not jnp.issubdtype(leaf.dtype, kind):
             raise ArgumentError(
-                f"Expected numbers to aggregate, got {leaf.dtype} at {jax.tree_util.keystr(path)}."
+                f"Expected {expected}, got {leaf.dtype} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}; convert it with astype."
             )
 
 
@@ -124,5 +127,3 @@ def _sum(
     if codec is None:
         return server, memory, federated_sum(value, present=present, name="update")
     return uplink(codec, keys, server, memory, value, present=present)
-
-

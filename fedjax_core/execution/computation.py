@@ -2,8 +2,8 @@
 
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from fedjax_core.execution import lowering, reference
 from fedjax_core.execution.config import Execution
 from fedjax_core.language import feeding, types
 from fedjax_core.language.local import name_of, split_function
+from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Program
 from fedjax_core.language.tracing import Value, inline, trace_program
 from fedjax_core.language.types import FederatedType, FunctionType
@@ -23,9 +24,9 @@ from fedjax_core.language.values import Federated
 class Computation:
     """A federated computation: a typed program, traced once.
 
-    Called with Python lists (one entry a client) it returns Python values; called with `Federated` values it
-    returns `Federated` values and can be traced by JAX; called in the body of another computation, with
-    placed values, it becomes part of that one.
+    Called with Python lists (one entry a client) it returns Python values; called with `Federated`
+    values it returns `Federated` values and can be traced by JAX; called in the body of another
+    computation, with placed values, it becomes part of that one.
 
     Attributes:
       program: the traced `Program`.
@@ -45,8 +46,8 @@ class Computation:
         """Runs the computation.
 
         Args:
-          *args: one for each parameter: a list with one entry a client, a value for the server, or a
-            `Federated`.
+          *args: one for each parameter: a list with one entry a client, a value for the server, or
+            a `Federated`.
           num_clients: needed only where no argument tells how many clients there are.
 
         Raises:
@@ -56,8 +57,11 @@ class Computation:
         is_value = lambda x: isinstance(x, Value)  # noqa: E731
         if any(map(is_value, jax.tree.leaves(args, is_leaf=is_value))):
             return inline(self.program, args, self.program.name)
-        placed = self._feed(args)
-        is_lazy = bool(placed) and all(isinstance(x, Federated) for x in self._leaves(args))
+        leaves = self.program.leaves_of(args)
+        placed = self._feed(leaves)
+        is_lazy = bool(placed) and all(map(_is_federated, leaves))
+        if num_clients is None:
+            num_clients = self._count_empty(leaves)
         result = self._default(*placed, num_clients=num_clients)
         return result if is_lazy else jax.tree.map(feeding.to_python, result, is_leaf=_is_federated)
 
@@ -68,13 +72,14 @@ class Computation:
           execution: how it is to run.
 
         Returns:
-          A function `(*args, valid=None, num_clients=None) -> (result, ledger)`: the arguments are `Federated`
-          values in the order of the program's parameters, and so are the leaves of the result. `valid` is
-          bool `[clients]`, False for padding. `ledger` is a tuple of `BitCount`, one for each of
-          `program.edges`: what this run sent over it.
+          A function `(*args, valid=None, num_clients=None) -> (result, ledger)`: the arguments are
+          `Federated` values in the order of the program's parameters, and so are the leaves of the
+          result. `valid` is bool `[clients]`, False for padding. `ledger` is a tuple of `BitCount`,
+          one for each of `program.edges`: what this run sent over it.
         """
 
         def lowered(*args: Any, valid: Any = None, num_clients: int | None = None) -> Any:
+            self._check(args)
             clients = _count_clients(self.program, args, valid, num_clients)
             return self._run(args, valid, clients, execution)
 
@@ -85,9 +90,9 @@ class Computation:
         program = self.program
         values = {i: arg.value for i, arg in zip(program.parameters, args, strict=True)}
         if execution.mode == "reference":
-            keep = range(num_clients) if valid is None else np.flatnonzero(valid)
-            return _run_reference(program, values, list(keep))
-        valid = jnp.ones(num_clients, bool) if valid is None else jnp.asarray(valid)
+            keep = np.ones(num_clients, bool) if valid is None else np.asarray(valid, bool)
+            return _run_reference(program, values, np.flatnonzero(keep).tolist())
+        valid = jnp.ones(num_clients, bool) if valid is None else jnp.asarray(valid, bool)
         results, ledger = lowering.run(program, values, valid, execution.num_lanes(num_clients))
         return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
 
@@ -102,30 +107,41 @@ class Computation:
             jitted = self._lowered[Execution()]
         return jitted(*args, num_clients=num_clients)
 
-    def _leaves(self, args: Any) -> list[Any]:
-        """What was passed for each federated parameter."""
-        tree = jax.tree.structure(self.program.parameter_tree)
-        try:
-            return tree.flatten_up_to(args)
-        except ValueError as error:
+    def _parameters(self, leaves: Any) -> list[tuple[FederatedType, Any, str]]:
+        """For each federated parameter its type, what was given for it, and its name in errors."""
+        parameters = self.program.parameters
+        if len(leaves) != len(parameters):
             raise FederatedTypeError(
-                f"`{self.program.name}` expected arguments of type {self.type_signature.parameter}, got "
-                f"another structure ({error})."
-            ) from error
-
-    def _feed(self, args: tuple[Any, ...]) -> list[Federated]:
-        expected = len(self.program.parameter_tree)
-        if len(args) != expected:
-            raise FederatedTypeError(
-                f"`{self.program.name}` expected {expected} arguments of type "
-                f"{self.type_signature.parameter}, got {len(args)}."
+                f"`{self.program.name}` expected {len(parameters)} federated arguments of type "
+                f"{self.type_signature.parameter}, got {len(leaves)}."
             )
-        placed = []
-        for i, arg in zip(self.program.parameters, self._leaves(args), strict=True):
-            t = self.program.ops[i].type
-            assert isinstance(t, FederatedType)
-            placed.append(feeding.to_placed(arg, t, f"argument {i} of `{self.program.name}`"))
-        return placed
+        return [
+            (
+                cast(FederatedType, self.program.ops[i].type),
+                leaf,
+                f"argument {i} of `{self.program.name}`",
+            )
+            for i, leaf in zip(parameters, leaves, strict=True)
+        ]
+
+    def _feed(self, leaves: list[Any]) -> list[Federated]:
+        return [feeding.to_placed(leaf, t, where) for t, leaf, where in self._parameters(leaves)]
+
+    def _check(self, args: tuple[Any, ...]) -> None:
+        for t, arg, where in self._parameters(args):
+            if not _is_federated(arg):
+                raise FederatedTypeError(
+                    f"{where}: expected a Federated value of type {t}, got {type(arg).__name__}; "
+                    "wrap it in fc.Federated."
+                )
+            feeding.check_federated(arg, t, where)
+
+    def _count_empty(self, leaves: list[Any]) -> int | None:
+        """The number of clients where a list of values without arrays alone tells it."""
+        for t, leaf, _ in self._parameters(leaves):
+            if t.placement is CLIENTS and types.is_empty(t) and isinstance(leaf, list | tuple):
+                return len(leaf)
+        return None
 
 
 def _is_federated(x: Any) -> bool:
@@ -141,15 +157,18 @@ def _count_clients(program: Program, args: Any, valid: Any, num_clients: int | N
     sizes["valid"] = None if valid is None else len(valid)
     sizes["num_clients"] = num_clients
     known = {name: size for name, size in sizes.items() if size is not None}
+    if num_clients is not None and (isinstance(num_clients, bool) or num_clients < 0):
+        raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
     if len(set(known.values())) > 1:
         raise ArgumentError(
-            f"`{program.name}` expected one number of clients, got {known}; pass values of the same clients."
+            f"`{program.name}` expected one number of clients, got {known}; pass values of the "
+            "same clients."
         )
     needs_clients = any(lowering.is_at_clients(op) for op in program.ops)
     if not known and needs_clients:
         raise ArgumentError(
-            f"`{program.name}` expected to know how many clients there are, and no argument says so; pass "
-            "num_clients=."
+            f"`{program.name}` expected to know how many clients there are, and no argument says "
+            "so; pass num_clients=."
         )
     return next(iter(known.values()), 0)
 
@@ -170,19 +189,19 @@ def _run_reference(program: Program, values: dict[int, Any], clients: list[int])
             values[i] = [lowering.member(values[i], client) for client in clients]
     results, ledger = reference.run(program, values, len(clients))
     for i in set(program.results):
-        t = program.ops[i].type
+        t = cast(FederatedType, program.ops[i].type)
         if not lowering.is_uniform(program.ops[i]):
             results[i] = feeding.stack_members(results[i], t.member)
     return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
 
 
 class PolymorphicComputation:
-    """A federated computation without declared types: traced once for each type it is called with."""
+    """A federated computation without declared types: traced once for each type it meets."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self._traced: dict[Any, Computation] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the function may call this computation with other types
 
     def __call__(self, *args: Any, num_clients: int | None = None) -> Any:
         """Runs the computation for the types of `args`, which are `Federated` or placed values."""
@@ -201,17 +220,22 @@ def _type_of_argument(arg: Any) -> types.Type:
         return arg.type_signature
     if isinstance(arg, Federated):
         return feeding.type_of_federated(arg)
+    if isinstance(arg, tuple | list | Mapping):
+        fields, container = types.one_level(arg)
+        elements = [(name, _type_of_argument(child)) for name, child in fields]
+        return types.StructType(elements, container)
     raise FederatedTypeError(
-        f"Expected a Federated value for a computation without declared types, got {arg!r}; say where it "
-        "lives with fc.Federated, or declare the types."
+        f"Expected a Federated value for a computation without declared types, got {arg!r}; say "
+        "where it lives with fc.Federated, or declare the types."
     )
 
 
 def federated_computation(*args: Any) -> Any:
     """Makes a federated computation of a Python function of placed values.
 
-    Use it as `@federated_computation(T1, T2)`, as `federated_computation(function, T1, T2)`, or without types,
-    to be traced for the types it is called with. The function runs once, when it is defined.
+    Use it as `@federated_computation(T1, T2)`, as `federated_computation(function, T1, T2)`, or
+    without types, to be traced for the types it is called with. The function runs once, when it is
+    defined.
 
     Args:
       *args: the types of the parameters, as `to_type` takes them, after the function if given.
@@ -245,6 +269,7 @@ def _takes_arguments(function: Callable[..., Any]) -> bool:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise FederatedTypeError(
-            f"`{name_of(function)}` expected named parameters, got *args or **kwargs; name each one."
+            f"`{name_of(function)}` expected named parameters, got *args or **kwargs; name each "
+            "one."
         )
     return bool(parameters)

@@ -15,13 +15,15 @@ class Execution:
     """How a federated computation is run.
 
     Args:
-      mode: "reference", an interpreter over Python lists, slow and obviously right; "stacked", all clients
-        side by side (memory grows with the cohort); "streamed", waves of clients one after the other, with
-        the aggregations fused into the loop (memory does not grow); "auto" is "streamed".
-      lanes: how many clients run side by side in one wave of the streamed mode. "auto" is a function of the
-        backend alone: 1 on CPU, where batching the clients' own weights only adds work, else 16.
-      donate: whether `update` of an algorithm may reuse the memory of the state it is given, which is then
-        gone for the caller.
+      mode: "reference", an interpreter over Python lists, slow and obviously right; "stacked", all
+        clients side by side (memory grows with the cohort); "streamed", waves of clients one after
+        the other, with the aggregations fused into the loop (memory does not grow); "auto" is
+        "streamed".
+      lanes: how many clients run side by side in one wave of the streamed mode. "auto" is a
+        function of the backend alone: 1 on CPU, where batching the clients' own weights only adds
+        work, else 16.
+      donate: whether `update` of an algorithm may reuse the memory of the state it is given, which
+        is then gone for the caller.
 
     Raises:
       ArgumentError: for a mode or a number of lanes that does not exist.
@@ -37,7 +39,9 @@ class Execution:
             raise ArgumentError(f"Expected a mode out of {modes}, got {self.mode!r}.")
         is_count = isinstance(self.lanes, int) and not isinstance(self.lanes, bool)
         if self.lanes != "auto" and not (is_count and self.lanes >= 1):
-            raise ArgumentError(f"Expected lanes to be 'auto' or a positive int, got {self.lanes!r}.")
+            raise ArgumentError(
+                f"Expected lanes to be 'auto' or a positive int, got {self.lanes!r}."
+            )
 
     def num_lanes(self, num_clients: int) -> int:
         """How many clients run side by side in a cohort of `num_clients`."""

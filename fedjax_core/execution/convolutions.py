@@ -1,9 +1,10 @@
 """Convolutions on CPU: every one in the single layout that XLA runs fast wherever it stands.
 
-XLA's CPU backend gives a convolution its fast form only in the entry computation of a program. In the body
-of a loop the gradients of a convolution keep the unusual dimension orders that differentiation gave them,
-and run as naive loops, 15 to 40 times slower. Re-binding each one with explicit transposes, so that it
-reads NHWC x HWIO -> NHWC, makes them fast in loops too. The result differs by the order of summation only.
+XLA's CPU backend gives a convolution its fast form only in the entry computation of a program. In
+the body of a loop the gradients of a convolution keep the unusual dimension orders that
+differentiation gave them, and run as naive loops, 15 to 40 times slower. Re-binding each one with
+explicit transposes, so that it reads NHWC x HWIO -> NHWC, makes them fast in loops too. The result
+differs by the order of summation only.
 """
 
 from collections.abc import Sequence as AbstractSequence
@@ -21,7 +22,8 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 def rewrite_convolutions(jaxpr: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
     """The same computation, every convolution of it in the layout NHWC x HWIO -> NHWC.
 
-    Convolutions with groups, and those inside a function with a custom derivative, stay as they are.
+    Convolutions with groups, and those inside a function with a custom derivative, stay as they
+    are.
 
     Args:
       jaxpr: any traced function.
@@ -89,7 +91,9 @@ def _rewrite_param(value: Any) -> Any:
 def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Any:
     """`lax.conv_general_dilated` with its operands transposed to NHWC and HWIO, its result back."""
     if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
-        return lax.conv_general_dilated_p.bind(lhs, rhs, dimension_numbers=dimension_numbers, **params)
+        return lax.conv_general_dilated_p.bind(
+            lhs, rhs, dimension_numbers=dimension_numbers, **params
+        )
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     last = lhs.ndim - 1
     spatial = tuple(range(1, last))

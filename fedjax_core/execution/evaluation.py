@@ -1,5 +1,7 @@
 """Evaluating one operation on members' values: what all ways to run a program share."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,12 +35,19 @@ def call_local(local: Local, *args: Any) -> Any:
     """Evaluates a local computation on pytrees of arrays, under its own name in profiles."""
     args = jax.tree.map(jnp.asarray, args)
     traced = local.traced_for(args)
-    leaves = _jitted(traced, local.name)(*jax.tree.leaves(args))
+    on_cpu = jax.default_backend() == "cpu"
+    leaves = _jitted(traced, local.name, on_cpu)(*jax.tree.leaves(args))
     return jax.tree.unflatten(traced.out_tree, leaves)
 
 
-def _jitted(traced: Traced, name: str) -> Any:
-    on_cpu = jax.default_backend() == "cpu"
+def accumulate(local: Local, state: Any, member: Any) -> Any:
+    """The next state of a fold, in the containers of the state before."""
+    leaves = jax.tree.leaves(call_local(local, state, member))
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
     jaxpr = rewrite_convolutions(traced.jaxpr) if on_cpu else traced.jaxpr
 
     def call(*leaves: Any) -> list[Any]:
@@ -94,4 +103,3 @@ def select(keep: jax.Array, new: Any, old: Any) -> Any:
 def raw_bits(op: Edge, source: Type) -> BitCount:
     """The size of one raw message of type `source` on the edge `op`."""
     return BitCount.of(type_bits(source))
-

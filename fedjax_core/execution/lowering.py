@@ -1,9 +1,9 @@
 """Stacked and streamed lowerings: a program as one JAX function of arrays with a clients axis.
 
-The operations are grouped into passes, one for each round trip. In a pass, waves of `lanes` clients go
-through all the client work that its aggregations need, and are added up at once; client values that a
-later pass needs again are computed again, so that memory does not grow with the number of clients.
-Stacked is the streamed form with a single wave.
+The operations are grouped into passes, one for each round trip. In a pass, waves of `lanes` clients
+go through all the client work that its aggregations need, and are added up at once; client values
+that a later pass needs again are computed again, so that memory does not grow with the number of
+clients. Stacked is the streamed form with a single wave.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ class Waves(NamedTuple):
     """The clients in waves of lanes.
 
     Attributes:
-      values: for each parameter, its arrays as `[waves, lanes, ...]`, pools of packed sequences left out.
+      values: for each parameter, its arrays as `[waves, lanes, ...]`, pools of packed sequences
+        left out.
       valid: bool `[waves, lanes]`, False for padding.
       inverse: where client `i` stands among all lanes.
     """
@@ -64,7 +65,8 @@ def run(program: Program, values: Values, valid: jax.Array, lanes: int) -> tuple
 
     Args:
       program: what to run.
-      values: for the position of each parameter, its value; at the clients with a leading clients axis.
+      values: for the position of each parameter, its value; at the clients with a leading clients
+        axis.
       valid: bool `[clients]`; a client that is not valid does not exist for any aggregation.
       lanes: how many clients run side by side.
 
@@ -75,45 +77,68 @@ def run(program: Program, values: Values, valid: jax.Array, lanes: int) -> tuple
     for level in range(max(round_trips(program), default=0) + 1):
         lowering.evaluate_uniform(level)
         lowering.run_pass(level)
-    return {i: lowering.values[i] for i in program.results}, lowering.ledger
+    known = lowering.values | lowering.outputs
+    return {i: known[i] for i in program.results}, lowering.ledger
 
 
 def is_uniform(op: Op) -> bool:
-    """Whether one value stands for all members: at the server, or all-equal at the clients."""
+    """Whether the type says that one value stands for all members: at the server, or all-equal."""
     return not is_at_clients(op) or cast(FederatedType, op.type).all_equal
 
 
+def _uniform(program: Program) -> tuple[bool, ...]:
+    """For each operation, whether it has one value for all members.
+
+    At the clients, so has what comes from broadcasts and constants alone: the same function of the
+    same values gives the same result everywhere, whether or not the type promises it.
+    """
+    uniform: list[bool] = []
+    for op in program.ops:
+        is_derived = not isinstance(op, Parameter) and all(uniform[i] for i in op.inputs)
+        uniform.append(is_uniform(op) or is_derived)
+    return tuple(uniform)
+
+
 class _Lowering:
-    """One run of a program: the values known so far, and the bits counted so far."""
+    """One run of a program: what is known so far.
+
+    Attributes:
+      values: of the operations that have one value for all.
+      outputs: results at the clients, with a clients axis.
+      ledger: for each edge its bits.
+    """
 
     def __init__(self, program: Program, valid: jax.Array, lanes: int, values: Values) -> None:
         self.ops = program.ops
         self.results = program.results
         self.levels = round_trips(program)
+        self.uniform = _uniform(program)
         self.valid = valid
         self.lanes = lanes
         self.stacked = {i: values[i] for i in program.parameters if not is_uniform(self.ops[i])}
         self.values: Values = {i: v for i, v in values.items() if is_uniform(self.ops[i])}
+        self.outputs: Values = {}
         self.ledger: Values = {}
 
     def evaluate_uniform(self, level: int) -> None:
         """Computes what is the same everywhere, as far as the passes so far allow."""
         for i, op in enumerate(self.ops):
-            if i in self.values or self.levels[i] != level or not is_uniform(op):
+            if i in self.values or self.levels[i] != level:
                 continue
-            inputs = [self.values[j] for j in op.inputs]
             if isinstance(op, Broadcast):
-                self.values[i] = receive_broadcast(op, inputs)
-                self.ledger[i] = self._broadcast_bits(op, inputs[0])
-            else:
-                self.values[i] = evaluation.evaluate(op, inputs)
+                self.ledger[i] = self._broadcast_bits(op, self.values[op.inputs[0]])
+            if self.uniform[i]:
+                inputs = [self.values[j] for j in op.inputs]
+                self.values[i] = evaluate(op, inputs)
 
     def _broadcast_bits(self, op: Broadcast, message: Any) -> BitCount:
         """The bits to all clients; a constant is part of the program and costs none."""
         source = self.ops[op.inputs[0]]
         if isinstance(source, Constant):
             return BitCount.zero()
-        bits = call_local(op.codec.bits, message) if op.codec else evaluation.raw_bits(op, source.type)
+        bits = (
+            call_local(op.codec.bits, message) if op.codec else evaluation.raw_bits(op, source.type)
+        )
         return bits.times(jnp.sum(self.valid, dtype=jnp.uint32))
 
     def run_pass(self, level: int) -> None:
@@ -134,7 +159,7 @@ class _Lowering:
         for i in sinks:
             self._finish(i, totals[i])
         for i in outputs:
-            self.values[i] = _unsplit(results[i], waves, self.valid.shape[0])
+            self.outputs[i] = _unsplit(results[i], waves, self.valid.shape[0])
 
     def _is_output(self, i: int, level: int) -> bool:
         return self.levels[i] == level and not is_uniform(self.ops[i])
@@ -175,10 +200,8 @@ class _Lowering:
             op = self.ops[i]
             if isinstance(op, Parameter):
                 values[i] = _join(members[i], self.stacked[i])
-            elif isinstance(op, Broadcast):
-                values[i] = receive_broadcast(op, [values[j] for j in op.inputs])
             elif not _goes_up(op):
-                values[i] = evaluation.evaluate(op, [values[j] for j in op.inputs])
+                values[i] = evaluate(op, [values[j] for j in op.inputs])
         return values
 
     def _contribute(self, i: int, values: Values, is_valid: jax.Array) -> Partial:
@@ -202,7 +225,10 @@ class _Lowering:
         value, stats = sum_types(cast(Sum, op))
         bits = BitCount.zero() if cast(Sum, op).codec else ()
         return Partial(
-            evaluation.accumulator(value), none, bits, evaluation.accumulator(stats) if stats else ()
+            evaluation.accumulator(value),
+            none,
+            bits,
+            evaluation.accumulator(stats) if stats else (),
         )
 
     def _add(self, i: int, total: Partial, lanes: Partial) -> Partial:
@@ -320,13 +346,18 @@ def _fold(op: Aggregate, state: Any, members: Any, keep: jax.Array) -> Any:
 
     def step(state: Any, x: tuple[Any, jax.Array]) -> tuple[Any, None]:
         member, is_kept = x
-        return select(is_kept, call_local(op.accumulate, state, member), state), None
+        return select(is_kept, evaluation.accumulate(op.accumulate, state, member), state), None
 
     state = jax.tree.map(jnp.asarray, state)
     return lax.scan(step, state, (members, keep))[0]
 
 
-def receive_broadcast(op: Broadcast, inputs: list[Any]) -> Any:
+def evaluate(op: Op, inputs: list[Any]) -> Any:
+    """The value of an operation at one member, broadcasts included."""
+    return _receive(op, inputs) if isinstance(op, Broadcast) else evaluation.evaluate(op, inputs)
+
+
+def _receive(op: Broadcast, inputs: list[Any]) -> Any:
     """What a client has after a broadcast."""
     if op.codec is None:
         return inputs[0]

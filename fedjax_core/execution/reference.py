@@ -1,7 +1,7 @@
 """The reference interpreter: a program run client by client over Python lists.
 
-It has no loops but Python's, no masks and no waves. It is the specification that every other way to run a
-program is tested against.
+It has no loops but Python's, no masks and no waves. It is the specification that every other way to
+run a program is tested against.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fedjax_core.bits import BitCount
 from fedjax_core.execution import evaluation
 from fedjax_core.execution.evaluation import add, call_local
-from fedjax_core.execution.lowering import is_uniform, receive_broadcast, sum_types
+from fedjax_core.execution.lowering import evaluate, is_uniform, sum_types
 from fedjax_core.language.operators import Received
 from fedjax_core.language.program import (
     Aggregate,
@@ -50,12 +50,14 @@ def run(program: Program, values: Values, num_clients: int) -> tuple[Values, Val
         elif isinstance(op, Aggregate):
             values[i] = _fold(op, inputs[0], values[op.inputs[1]])
         elif is_uniform(op):
-            values[i] = _local(op, [values[j] for j in op.inputs])
+            values[i] = evaluate(op, [values[j] for j in op.inputs])
         else:
             members = [[x[client] for x in inputs] for client in range(num_clients)]
-            values[i] = [_local(op, member) for member in members]
+            values[i] = [evaluate(op, member) for member in members]
         if isinstance(op, Edge):
-            ledger[i] = BitCount.of(_bits(op, program.ops[op.inputs[0]], inputs, values, num_clients))
+            ledger[i] = BitCount.of(
+                _bits(op, program.ops[op.inputs[0]], inputs, values, num_clients)
+            )
     return {i: values[i] for i in program.results}, ledger
 
 
@@ -63,20 +65,16 @@ def _per_client(value: Any, op: Op, num_clients: int) -> list[Any]:
     return [value] * num_clients if is_uniform(op) else value
 
 
-def _local(op: Op, inputs: list[Any]) -> Any:
-    return receive_broadcast(op, inputs) if isinstance(op, Broadcast) else evaluation.evaluate(op, inputs)
-
-
 def _fold(op: Aggregate, members: list[Any], zero: Any) -> Any:
     state = zero
     for member in members:
-        state = call_local(op.accumulate, state, member)
+        state = evaluation.accumulate(op.accumulate, state, member)
     return call_local(op.report, state)
 
 
 def _present(op: Op, inputs: list[Any], num_clients: int) -> list[int]:
     """The clients that take part in a sum or a count."""
-    if isinstance(op, Count) and inputs or isinstance(op, Sum) and op.has_presence:
+    if (isinstance(op, Count) and inputs) or (isinstance(op, Sum) and op.has_presence):
         return [client for client in range(num_clients) if inputs[-1][client]]
     return list(range(num_clients))
 

@@ -107,7 +107,9 @@ def communication(computation: Any, *, num_clients: int) -> CommunicationReport:
     """
     program = getattr(computation, "program", None)
     if not isinstance(program, Program):
-        raise ArgumentError(f"Expected a federated computation with a program, got {computation!r}.")
+        raise ArgumentError(
+            f"Expected a federated computation with a program, got {computation!r}."
+        )
     if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 0:
         raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
     return CommunicationReport(_report(program, op, num_clients) for _, op in program.edges)

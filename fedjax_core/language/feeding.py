@@ -1,17 +1,17 @@
 """Between Python values and arrays: what a computation is fed with, and what it gives back.
 
-A member's value is a pytree of arrays (NumPy on the host). Values of clients come as a list or tuple with
-one entry a client, or as a `Federated`. Dicts are matched by key, never by order.
+A member's value is a pytree of arrays (NumPy on the host). Values of clients come as a list or
+tuple with one entry a client, or as a `Federated`. Dicts are matched by key, never by order.
 """
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import types
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import FederatedType, SequenceType, StructType, TensorType, Type
@@ -40,15 +40,17 @@ def to_member(value: Any, t: Type, where: str) -> Any:
 
 
 def _to_array(value: Any, t: TensorType, where: str) -> Any:
-    if isinstance(value, str) or isinstance(value, Sized) and not hasattr(value, "dtype"):
-        value = _from_python(value, t, where)
-    elif not hasattr(value, "dtype"):
+    if not hasattr(value, "dtype"):
         value = _from_python(value, t, where)
     _check_dtype(value, t, where)
     if not types.is_shape_assignable(t.shape, tuple(value.shape)):
         raise FederatedTypeError(f"{where}: expected {t}, got shape {tuple(value.shape)}.")
     dtype = types.runtime_dtype(t.dtype)
-    return value if value.dtype == dtype else value.astype(dtype)
+    if value.dtype == dtype:
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu":
+        _check_range(np.asarray(value), t, where)
+    return value.astype(dtype)
 
 
 def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
@@ -62,14 +64,14 @@ def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
     fits = array.dtype.kind in order and target in order
     if not fits or (array.size and order.index(array.dtype.kind) > order.index(target)):
         raise FederatedTypeError(f"{where}: expected {t}, got {value!r} of {type(value).__name__}.")
-    if target in "iu" and array.size:
+    if target in "iu":
         _check_range(array, t, where)
     return array.astype(types.runtime_dtype(t.dtype))
 
 
 def _check_range(array: np.ndarray, t: TensorType, where: str) -> None:
     limits = np.iinfo(types.runtime_dtype(t.dtype))
-    if array.min() < limits.min or array.max() > limits.max:
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
         raise FederatedTypeError(f"{where}: expected values that {t} holds, got {array!r}.")
 
 
@@ -103,24 +105,36 @@ def _fields_of(value: Any, t: StructType, where: str) -> list[Any]:
     if not t.elements and (value is None or value in ((), [], {})):
         return []
     given, _ = types.one_level(value)
-    names = t.names()
-    if isinstance(value, Mapping) and None not in names:
-        by_name = dict(given)
+    names, by_name = t.names(), dict(given)
+    if names and None not in names and None not in by_name:
         if set(by_name) != set(names):
             raise FederatedTypeError(
                 f"{where}: expected the fields {names} of {t}, got {sorted(map(str, by_name))}."
             )
         return [by_name[name] for name in names]
-    if len(given) != len(names):
+    if len(given) != len(names) or (isinstance(value, Mapping) and names):
         raise FederatedTypeError(
-            f"{where}: expected the {len(names)} fields of {t}, got {len(given)}."
+            f"{where}: expected the {len(names)} fields of {t}, got {len(given)} in a "
+            f"{type(value).__name__}."
         )
     return [child for _, child in given]
 
 
+def leaves_of(value: Any, t: Type, where: str) -> list[Any]:
+    """What `value` holds for each federated type in `t`, which is one or a struct of them."""
+    if not isinstance(t, StructType):
+        return [value]
+    fields = zip(t.elements, _fields_of(value, t, where), strict=True)
+    return [
+        leaf
+        for position, ((name, child), given) in enumerate(fields)
+        for leaf in leaves_of(given, child, f"{where}{_suffix(name, position)}")
+    ]
+
+
 def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
     if isinstance(value, Sequence):
-        t.check_assignable_from(types.infer_type(value), where)
+        check_runtime(t, types.infer_type(value), where)
         return value
     if not isinstance(value, list | tuple | np.ndarray | jax.Array):
         raise FederatedTypeError(
@@ -154,7 +168,8 @@ def to_clients(value: Any, t: FederatedType, where: str) -> Any:
     """Converts a list with one entry a client to a pytree of arrays with a leading clients axis.
 
     Raises:
-      FederatedTypeError: for anything but a list or a tuple, or naming the client that does not fit.
+      FederatedTypeError: for anything but a list or a tuple, or naming the client that does not
+        fit.
     """
     if not isinstance(value, list | tuple):
         raise FederatedTypeError(
@@ -189,13 +204,15 @@ def _stack(leaves: tuple[Any, ...]) -> Any:
 def _stack_sequences(sequences: tuple[Sequence, ...]) -> Sequence:
     capacity = max(sequence.capacity for sequence in sequences)
 
-    def pad(x: Any) -> Any:
-        return np.pad(x, [(0, capacity - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    def stack(*leaves: Any) -> Any:
+        rows = max(capacity, *(leaf.shape[0] for leaf in leaves))
+        return _stack(tuple(pad(leaf, rows) for leaf in leaves))
 
-    elements = jax.tree.map(
-        lambda *leaves: np.stack([pad(leaf) for leaf in leaves]),
-        *(sequence.elements for sequence in sequences),
-    )
+    def pad(x: Any, rows: int) -> Any:
+        numpy = np if isinstance(x, np.ndarray) else jnp
+        return numpy.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+    elements = jax.tree.map(stack, *(sequence.elements for sequence in sequences))
     starts = np.stack([sequence.start for sequence in sequences])
     lengths = np.stack([sequence.length for sequence in sequences])
     return Sequence(elements, cast(Any, starts), cast(Any, lengths), capacity)
@@ -217,7 +234,12 @@ def to_placed(value: Any, t: FederatedType, where: str) -> Federated:
 
 def check_federated(value: Federated, t: FederatedType, where: str) -> None:
     """Raises unless `value` may be passed for a parameter of type `t`."""
-    t.check_assignable_from(type_of_federated(value), where)
+    check_runtime(t, type_of_federated(value), where)
+
+
+def check_runtime(t: Type, given: Type, where: str) -> None:
+    """Raises unless arrays of type `given` may be used as `t`, 64 bits as arrays have them."""
+    types.runtime_type(t).check_assignable_from(types.runtime_type(given), where)
 
 
 def type_of_federated(value: Federated) -> FederatedType:
@@ -246,9 +268,13 @@ def num_clients_of(value: Federated) -> int | None:
     if value.placement is not CLIENTS or value.all_equal:
         return None
     is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
-    for leaf in jax.tree.leaves(value.value, is_leaf=is_sequence):
-        return leaf.length.shape[0] if is_sequence(leaf) else leaf.shape[0]
-    return None
+    leaves = jax.tree.leaves(value.value, is_leaf=is_sequence)
+    sizes = {(leaf.length if is_sequence(leaf) else leaf).shape[0] for leaf in leaves}
+    if len(sizes) > 1:
+        raise ArgumentError(
+            f"Expected one number of clients in a value at CLIENTS, got arrays of {sorted(sizes)}."
+        )
+    return sizes.pop() if sizes else None
 
 
 def to_python(value: Federated) -> Any:
@@ -256,10 +282,23 @@ def to_python(value: Federated) -> Any:
     host = jax.tree.map(_to_host, value.value)
     num_clients = num_clients_of(value)
     if value.placement is not CLIENTS or value.all_equal:
-        return host
-    return [
-        jax.tree.map(lambda x: x[client], host) for client in range(num_clients or 0)  # noqa: B023
-    ]
+        return _with_lists(host)
+    return [_with_lists(_row(host, client)) for client in range(num_clients or 0)]
+
+
+def _row(arrays: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], arrays)
+
+
+def _with_lists(member: Any) -> Any:
+    """One member's value, its sequences as lists of examples."""
+
+    def unpack(x: Any) -> Any:
+        if not isinstance(x, Sequence):
+            return x
+        return [_row(x.elements, int(x.start) + i) for i in range(int(x.length))]
+
+    return jax.tree.map(unpack, member, is_leaf=lambda x: isinstance(x, Sequence))
 
 
 def _to_host(x: Any) -> Any:

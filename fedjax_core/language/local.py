@@ -1,27 +1,29 @@
 """Local computations: JAX functions of one member's values, traced once per shape."""
 
 import dataclasses
+import functools
 import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import types
-from fedjax_core.language.feeding import to_member
+from fedjax_core.language.feeding import check_runtime, to_member
 from fedjax_core.language.types import FunctionType, StructType, Type
 
-# Sequences are traced at this capacity where a program is defined; at run time the function is traced
-# again for the capacity of the data, and must give the same types.
+# Sequences are traced at this capacity where a program is defined; at run time the function is
+# traced again for the capacity of the data, and must give the same types.
 NOMINAL_CAPACITY = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """A function traced for fixed shapes: `jaxpr` on flat leaves, and the structure of its result."""
+    """A function traced for fixed shapes: `jaxpr` on flat leaves, `out_tree` of its result."""
 
     jaxpr: jex_core.ClosedJaxpr
     out_tree: Any
@@ -36,7 +38,8 @@ class Local:
       name: for printing and profiles.
       parameters: the unplaced types of the arguments.
       result: the unplaced type of the result.
-      traces: one trace for each set of argument shapes; a single one unless sequences are among them.
+      traces: one trace for each set of argument shapes; a single one unless sequences are among
+        them.
     """
 
     function: Callable[..., Any]
@@ -57,13 +60,13 @@ class Local:
     def __call__(self, *args: Any) -> Any:
         """Evaluates the trace on pytrees of arrays."""
         traced = self.traced_for(args)
-        leaves = jax.jit(jex_core.jaxpr_as_fun(traced.jaxpr))(*jax.tree.leaves(args))
+        leaves = _jitted(traced)(*jax.tree.leaves(args))
         return jax.tree.unflatten(traced.out_tree, leaves)
 
     def _specialise(self, args: tuple[Any, ...]) -> Traced:
         given = tuple(types.infer_type(arg) for arg in args)
         for position, (expected, got) in enumerate(zip(self.parameters, given, strict=True)):
-            expected.check_assignable_from(got, f"argument {position} of `{self.name}`")
+            check_runtime(expected, got, f"argument {position} of `{self.name}`")
         traced, result = _trace(self.function, args, self.name)
         if not self.result.is_equivalent_to(result):
             raise FederatedTypeError(
@@ -71,6 +74,11 @@ class Local:
                 f"sequences, got {result}; reduce over the positions, masked by the length."
             )
         return traced
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(traced: Traced) -> Callable[..., Any]:
+    return jax.jit(jex_core.jaxpr_as_fun(traced.jaxpr))
 
 
 def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local:
@@ -107,11 +115,15 @@ def name_of(function: Any) -> str:
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tuple[Traced, Type]:
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.map(_shape_of, args))
     for const in jaxpr.consts:
-        if isinstance(const, jax.core.Tracer):
+        if isinstance(const, Tracer):
             raise FederatedTypeError(
-                f"`{name}` captures {const}, a value that JAX is tracing outside of it. A federated "
-                "computation outlives that trace: pass the value as an argument instead."
+                f"`{name}` captures {const}, a value that JAX is tracing outside of it. A "
+                "federated computation outlives that trace: pass the value as an argument instead."
             )
+    if shapes is None:
+        raise FederatedTypeError(
+            f"`{name}` returned None: expected a pytree of arrays; add a return."
+        )
     return Traced(jaxpr, jax.tree.structure(shapes)), types.infer_type(shapes)
 
 
@@ -136,7 +148,9 @@ class JaxComputation:
         self.function = function
         self.parameters = parameters
         self._local = trace_local(function, parameters, "jax_computation")
-        self.type_signature = FunctionType(pack_parameters(function, parameters), self._local.result)
+        self.type_signature = FunctionType(
+            pack_parameters(function, parameters), self._local.result
+        )
 
     def __repr__(self) -> str:
         return f"{name_of(self.function)}: {self.type_signature}"
@@ -158,7 +172,8 @@ class JaxComputation:
         """Raises unless arguments of these types may be passed."""
         if len(parameters) != len(self.parameters):
             raise FederatedTypeError(
-                f"{what}: expected {len(self.parameters)} arguments for {self!r}, got {len(parameters)}."
+                f"{what}: expected {len(self.parameters)} arguments for {self!r}, got "
+                f"{len(parameters)}."
             )
         for position, (expected, got) in enumerate(zip(self.parameters, parameters, strict=True)):
             expected.check_assignable_from(
@@ -170,15 +185,26 @@ def pack_parameters(function: Callable[..., Any], parameters: tuple[Type, ...]) 
     """One type for all parameters: none, the only one, or a struct named as in Python."""
     if len(parameters) < 2:
         return parameters[0] if parameters else None
-    names = list(inspect.signature(function).parameters)
-    return StructType(list(zip(names, parameters, strict=True)))
+    names = _positional_names(function)
+    if len(names) < len(parameters):  # *args, or a function without a signature
+        return StructType(parameters)
+    return StructType(list(zip(names, parameters, strict=False)))
+
+
+def _positional_names(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in kinds]
 
 
 def jax_computation(*args: Any) -> Any:
     """A JAX function of one member's values, with declared types.
 
-    Use it as `@jax_computation(T1, T2)` or as `jax_computation(function, T1, T2)`. Without types the
-    function itself is returned: wherever it is mapped, it is traced for the types it meets.
+    Use it as `@jax_computation(T1, T2)` or as `jax_computation(function, T1, T2)`. Without types
+    the function itself is returned: wherever it is mapped, it is traced for the types it meets.
 
     Args:
       *args: the types of the parameters, as `to_type` takes them, after the function if given.
@@ -205,7 +231,12 @@ def jax_computation(*args: Any) -> Any:
 
 def split_function(args: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:
     """Separates a leading function from the types that follow it."""
-    if args and callable(args[0]) and not isinstance(args[0], type | Type) and not _is_dtype(args[0]):
+    if (
+        args
+        and callable(args[0])
+        and not isinstance(args[0], type | Type)
+        and not _is_dtype(args[0])
+    ):
         return args[0], args[1:]
     return None, args
 

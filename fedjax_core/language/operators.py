@@ -1,11 +1,15 @@
 """The operators of the language: local computations, and the few edges between placements.
 
-    federated_value      T -> T@P                            federated_map        <(T -> U),{T}@P> -> {U}@P
-    federated_broadcast  T@SERVER -> T@CLIENTS               federated_zip        <{T}@P,{U}@P> -> {<T,U>}@P
-    federated_sum        {T}@CLIENTS -> T@SERVER             federated_mean       <{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER
+    federated_value      T -> T@P
+    federated_zip        <{T}@P,{U}@P> -> {<T,U>}@P
+    federated_map        <(T -> U),{T}@P> -> {U}@P
+    federated_broadcast  T@SERVER -> T@CLIENTS
+    federated_sum        {T}@CLIENTS -> T@SERVER
+    federated_mean       <{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER
     federated_aggregate  <{T}@CLIENTS,U,(<U,T> -> U),(<U,U> -> U),(U -> R)> -> R@SERVER
 
-They are used in the body of a federated computation and append one or a few operations to its program.
+They are used in the body of a federated computation and append one or a few operations to its
+program.
 """
 
 import inspect
@@ -71,7 +75,7 @@ def federated_value(value: Any, placement: Placement) -> Value:
 
 
 def federated_zip(values: Any) -> Value:
-    """Makes one placed struct of a pytree of values at one placement: `<{T}@P,{U}@P> -> {<T,U>}@P`."""
+    """Makes one placed struct of values at one placement: `<{T}@P,{U}@P> -> {<T,U>}@P`."""
     return zip_values(values, "federated_zip")
 
 
@@ -80,8 +84,8 @@ def federated_map(function: Any, arg: Any, *more: Any) -> Value:
 
     Args:
       function: a `jax_computation` or any JAX function; traced once for the types it meets.
-      arg: a placed value, or a struct of values at one placement. A tuple or list of values is spread over
-        the parameters of a function that has as many.
+      arg: a placed value, or a struct of values at one placement. A tuple or list of values is
+        spread over the parameters of a function that has as many.
       *more: further arguments, for functions of several.
 
     Returns:
@@ -124,14 +128,18 @@ def _num_parameters(function: Any) -> int | None:
     except (TypeError, ValueError):
         return None
     required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return len(required)
 
 
 def _federated(value: Value, what: str) -> FederatedType:
     if not isinstance(value.type_signature, FederatedType):
-        raise PlacementError(f"{what}: expected a placed value, got one of type {value.type_signature}.")
+        raise PlacementError(
+            f"{what}: expected a placed value, got one of type {value.type_signature}."
+        )
     return value.type_signature
 
 
@@ -201,7 +209,9 @@ def broadcast_message(
     context = tuple(_placed(value, CLIENTS, what) for value in context)
     edge = _edge_codec(codec, lambda *args: (receive(*args), ()), bits, context, message)
     member = _first_field(edge.receive.result)
-    t = FederatedType(member, CLIENTS, all_equal=all(_federated(c, what).all_equal for c in context))
+    t = FederatedType(
+        member, CLIENTS, all_equal=all(_federated(c, what).all_equal for c in context)
+    )
     inputs = tuple(position_of(value, builder, what) for value in (message, *context))
     return builder.add(
         Broadcast(type=t, inputs=inputs, label=name, codec=edge, location=location())
@@ -245,8 +255,8 @@ def federated_sum(value: Any, *, present: Value | None = None, name: str = "valu
     member = _federated(value, name).member
     if not types.is_sum_compatible(member):
         raise FederatedTypeError(
-            f"federated_sum: expected numbers of fixed shape, got {value.type_signature}; convert them, "
-            "for example with astype, in federated_map."
+            f"federated_sum: expected numbers of fixed shape, got {value.type_signature}; convert "
+            "them, for example with astype, in federated_map."
         )
     builder = current_builder("federated_sum")
     inputs = (value, *_presence(present, "federated_sum"))
@@ -303,8 +313,11 @@ def sum_messages(
     edge = _edge_codec(codec, receive, bits, context, message)
     value_type, stats_type = edge.receive.result.children()
     if not types.is_sum_compatible(value_type):
-        raise FederatedTypeError(f"{what}: expected messages that decode to numbers, got {value_type}.")
-    received = Received(value_type, np.int32, BitCount(*(TensorType(np.uint32),) * 2), stats_type)
+        raise FederatedTypeError(
+            f"{what}: expected messages that decode to numbers, got {value_type}."
+        )
+    word: Any = TensorType(np.uint32)
+    received = types.to_type(Received(value_type, np.int32, BitCount(word, word), stats_type))
     inputs = (message, *context, *_presence(present, what))
     return builder.add(
         Sum(
@@ -337,10 +350,10 @@ def federated_mean(
     present: Value | None = None,
     name: str = "value",
 ) -> Value:
-    """The mean of the clients' values: `{T}@CLIENTS -> T@SERVER`, weighted `<{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER`.
+    """The mean of the clients' values: `<{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER`, weights optional.
 
-    The mean over no clients, or with a total weight of zero, is zero. A client of weight zero counts for
-    nothing even where its value is not finite.
+    The mean over no clients, or with a total weight of zero, is zero. A client of weight zero
+    counts for nothing even where its value is not finite.
 
     Args:
       value: floating-point numbers or structs of them, at the clients.
@@ -349,14 +362,15 @@ def federated_mean(
       name: of the edge that carries the value; the weights travel on one called `weight`.
 
     Raises:
-      FederatedTypeError: for values that are no floating-point numbers, or a weight that is no scalar.
+      FederatedTypeError: for values that are no floating-point numbers, or a weight that is no
+        scalar.
     """
     value = _placed(value, CLIENTS, "federated_mean")
     member = _federated(value, name).member
     if not types.is_average_compatible(member):
         raise FederatedTypeError(
-            f"federated_mean: expected floating-point numbers, got {value.type_signature}; convert them in "
-            "federated_map."
+            f"federated_mean: expected floating-point numbers, got {value.type_signature}; convert "
+            "them in federated_map."
         )
     if weight is None:
         total = federated_sum(value, present=present, name=name)
@@ -370,28 +384,49 @@ def federated_mean(
 def _scalar_weight(weight: Any) -> Value:
     weight = _placed(weight, CLIENTS, "federated_mean")
     member = _federated(weight, "federated_mean").member
-    is_scalar = isinstance(member, TensorType) and member.shape == ()
-    if not is_scalar or not types.is_sum_compatible(member) or jnp.issubdtype(member.dtype, jnp.complexfloating):
+    if (
+        not isinstance(member, TensorType)
+        or member.shape != ()
+        or not types.is_sum_compatible(member)
+        or jnp.issubdtype(member.dtype, jnp.complexfloating)
+    ):
         raise FederatedTypeError(
             f"federated_mean: expected one scalar weight a client, an integer or float, got "
             f"{weight.type_signature}."
         )
-    return weight
+    # The sum of the weights has their dtype, and would overflow a small one.
+    return weight if member.dtype.itemsize >= 4 else federated_map(_widen, weight)
+
+
+def _widen(weight: jax.Array) -> jax.Array:
+    is_float = jnp.issubdtype(weight.dtype, jnp.floating)
+    return weight.astype(jnp.float32 if is_float else jnp.int32)
 
 
 def multiply(value: Any, weight: jax.Array) -> Any:
-    """`weight * value`, leaf by leaf in the leaf's dtype; zero where the weight is."""
-    return jax.tree.map(
-        lambda x: jnp.where(weight != 0, x * weight.astype(x.dtype), jnp.zeros_like(x)), value
-    )
+    """`weight * value`, rounded once to each leaf's dtype; zero where the weight is."""
+
+    def scale(x: jax.Array) -> jax.Array:
+        product = (x * weight.astype(_at_least_float32(x))).astype(x.dtype)
+        return jnp.where(weight != 0, product, jnp.zeros_like(x))
+
+    return jax.tree.map(scale, value)
+
+
+def _at_least_float32(x: jax.Array) -> Any:
+    """A dtype for weights: float16 ends at 65,504 examples, bfloat16 counts them up to 256."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def divide(total: Any, weight: jax.Array) -> Any:
-    """`total / weight`, leaf by leaf in the leaf's dtype; zero where the weight is."""
+    """`total / weight`, rounded once to each leaf's dtype; zero where the weight is."""
     safe = jnp.where(weight == 0, jnp.ones_like(weight), weight)
-    return jax.tree.map(
-        lambda x: jnp.where(weight == 0, jnp.zeros_like(x), x / safe.astype(x.dtype)), total
-    )
+
+    def ratio(x: jax.Array) -> jax.Array:
+        quotient = (x / safe.astype(_at_least_float32(x))).astype(x.dtype)
+        return jnp.where(weight == 0, jnp.zeros_like(x), quotient)
+
+    return jax.tree.map(ratio, total)
 
 
 def federated_aggregate(

@@ -1,18 +1,20 @@
 """The program of a federated computation: immutable records in static single assignment.
 
-One value is one whole pytree with its type. A program knows neither the number of clients nor a clients
-axis. Printing it shows one operation a line:
+One value is one whole pytree with its type. A program knows neither the number of clients nor a
+clients axis. Printing it shows one operation a line:
 
     %0 = parameter                : {float32}@CLIENTS
     %1 = sum(%0)                  : float32@SERVER
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 
+from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import types
+from fedjax_core.language.feeding import leaves_of
 from fedjax_core.language.local import Local
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.types import FederatedType, FunctionType, StructType, TensorType, Type
@@ -51,6 +53,7 @@ class Parameter(Op):
     """An argument of the computation."""
 
     def describe(self) -> str:
+        """See `Op.describe`."""
         return "parameter"
 
 
@@ -61,6 +64,7 @@ class Constant(Op):
     value: Any
 
     def describe(self) -> str:
+        """See `Op.describe`."""
         return "constant"
 
 
@@ -71,6 +75,7 @@ class Map(Op):
     local: Local
 
     def describe(self) -> str:
+        """See `Op.describe`."""
         return f"map[{self.local.name}]({', '.join(f'%{i}' for i in self.inputs)})"
 
 
@@ -88,6 +93,7 @@ class Get(Op):
     position: int
 
     def describe(self) -> str:
+        """See `Op.describe`."""
         return f"get[{self.position}](%{self.inputs[0]})"
 
 
@@ -99,6 +105,7 @@ class Edge(Op):
     codec: Codec | None = None
 
     def describe(self) -> str:
+        """See `Op.describe`."""
         codec = f", codec={self.codec.name}" if self.codec else ""
         inputs = ", ".join(f"%{i}" for i in self.inputs)
         return f"{type(self).__name__.lower()}[{self.label}{codec}]({inputs})"
@@ -113,8 +120,8 @@ class Broadcast(Edge):
 class Sum(Edge):
     """Up: inputs are the message, the context of `codec.receive`, and last, if any, who is present.
 
-    Without a codec the result is the sum. With one it is a struct `Received` of the sum of the decoded
-    messages, how many arrived, their bits, and the sum of their statistics.
+    Without a codec the result is the sum. With one it is a struct `Received` of the sum of the
+    decoded messages, how many arrived, their bits, and the sum of their statistics.
     """
 
     has_presence: bool = False
@@ -153,9 +160,13 @@ class Program:
     type_signature: FunctionType
 
     def __str__(self) -> str:
-        rows = [(f"%{i} = {op.describe()}", str(op.type), op.location) for i, op in enumerate(self.ops)]
+        rows = [
+            (f"%{i} = {op.describe()}", str(op.type), op.location) for i, op in enumerate(self.ops)
+        ]
         width = min(max((len(left) for left, _, _ in rows), default=0), 60)
-        lines = [f"{left:<{width}} : {t}" + (f"  # {where}" if where else "") for left, t, where in rows]
+        lines = [
+            f"{left:<{width}} : {t}" + (f"  # {where}" if where else "") for left, t, where in rows
+        ]
         result = jax.tree.map(lambda i: f"%{i}", self.result_tree)
         return "\n".join([f"{self.name}: {self.type_signature}", *lines, f"return {result}"])
 
@@ -168,6 +179,25 @@ class Program:
     def parameters(self) -> tuple[int, ...]:
         """The positions of the parameters."""
         return tuple(i for i, op in enumerate(self.ops) if isinstance(op, Parameter))
+
+    def leaves_of(self, args: tuple[Any, ...]) -> list[Any]:
+        """What `args` hold for each of `parameters`.
+
+        Raises:
+          FederatedTypeError: for another number of arguments, or another structure.
+        """
+        packed = self.type_signature.parameter
+        expected = len(self.parameter_tree)
+        if len(args) != expected:
+            raise FederatedTypeError(
+                f"`{self.name}` expected {expected} arguments of type {packed}, got {len(args)}."
+            )
+        wanted = [packed] if expected == 1 else [] if packed is None else packed.children()
+        return [
+            leaf
+            for index, (arg, t) in enumerate(zip(args, wanted, strict=True))
+            for leaf in leaves_of(arg, cast(Type, t), f"argument {index} of `{self.name}`")
+        ]
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -193,8 +223,9 @@ def type_bits(t: Type) -> int:
     if isinstance(t, TensorType) and t.shape is not None and None not in t.shape:
         leaf = types.template(t)
         return 8 * leaf.dtype.itemsize * leaf.size
-    raise types.FederatedTypeError(
-        f"Expected a type of fixed size on an edge, got {t}; reduce the sequence at the client first."
+    raise FederatedTypeError(
+        f"Expected a type of fixed size on an edge, got {t}; reduce the sequence at the client "
+        "first."
     )
 
 
@@ -211,8 +242,8 @@ def is_at_server(op: Op) -> bool:
 def round_trips(program: Program) -> tuple[int, ...]:
     """For each operation, how many aggregations any path to it has passed.
 
-    Client values of level `k` can be computed once the sums of level `k` (from passes below `k`) are at the
-    server; an aggregation of them has level `k + 1`.
+    Client values of level `k` can be computed once the sums of level `k` (from passes below `k`)
+    are at the server; an aggregation of them has level `k + 1`.
     """
     levels: list[int] = []
     for op in program.ops:

@@ -1,8 +1,8 @@
 """Tracing: a Python function of placed values becomes a `Program`.
 
-Inside the body a placed value is opaque: it has a type and fields, but no arithmetic and no truth value,
-because there is nothing to compute with yet. Operators append to the program of the innermost body that
-this thread is tracing.
+Inside the body a placed value is opaque: it has a type and fields, but no arithmetic and no truth
+value, because there is nothing to compute with yet. Operators append to the program of the
+innermost body that this thread is tracing.
 """
 
 import contextlib
@@ -58,31 +58,37 @@ class Value:
         return get(self, self._struct(key).position(key))
 
     def _struct(self, key: Any = None) -> StructType:
-        member = self.type_signature.member if isinstance(self.type_signature, FederatedType) else None
+        member = (
+            self.type_signature.member if isinstance(self.type_signature, FederatedType) else None
+        )
         if isinstance(member, StructType):
             return member
         wanted = "" if key is None else f" with a field {key!r}"
         error = AttributeError if isinstance(key, str) else FederatedTypeError
         raise error(
-            f"Expected a struct{wanted}, got a value of type {self.type_signature}; compute with it in "
-            "federated_map."
+            f"Expected a struct{wanted}, got a value of type {self.type_signature}; compute with "
+            "it in federated_map."
         )
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise FederatedTypeError(
             f"A value of type {self.type_signature} cannot be computed with here: the body of a "
-            "federated computation only describes where values go. Put the arithmetic or the test into "
-            "a function, and apply it with federated_map."
+            "federated computation only describes where values go. Put the arithmetic or the test "
+            "into a function, and apply it with federated_map."
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise SyntaxError(f"A value of type {self.type_signature} is no function and cannot be called.")
+        """Refuses: no placed value is a function."""
+        raise SyntaxError(
+            f"A value of type {self.type_signature} is no function and cannot be called."
+        )
 
     __bool__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __and__ = __or__ = __xor__ = _refuse
-    __setitem__ = __contains__ = _refuse
+    __setitem__ = __contains__ = __eq__ = __ne__ = _refuse
+    __hash__ = object.__hash__
 
 
 class Builder:
@@ -123,20 +129,20 @@ def current_builder(operator: str) -> Builder:
     stack = getattr(_THREAD, "stack", None)
     if not stack:
         raise ContextError(
-            f"{operator} describes a step of a federated computation, and was called outside of one; "
-            "call it in a function decorated with federated_computation."
+            f"{operator} describes a step of a federated computation, and was called outside of "
+            "one; call it in a function decorated with federated_computation."
         )
     return stack[-1]
 
 
 def position_of(value: Value, builder: Builder, operator: str) -> int:
     """The position of `value` in the program under construction."""
-    if value._builder is not builder:  # noqa: SLF001 - the two classes are one mechanism
+    if value._builder is not builder:
         raise ContextError(
-            f"{operator}: a value of type {value.type_signature} belongs to another computation; pass "
-            "it as an argument."
+            f"{operator}: a value of type {value.type_signature} belongs to another computation; "
+            "pass it as an argument."
         )
-    return value._position  # noqa: SLF001
+    return value._position
 
 
 def location() -> str:
@@ -153,7 +159,8 @@ def _is_inside(filename: str) -> bool:
 
 # The package's own folder, and those that its subpackages are linked to.
 _ROOTS = tuple(
-    os.path.realpath(os.path.join(_PACKAGE, name)) + os.sep for name in ("", "algorithms", "compression")
+    os.path.realpath(os.path.join(_PACKAGE, name)) + os.sep
+    for name in ("", "algorithms", "compression")
 )
 
 
@@ -161,7 +168,8 @@ def get(value: Value, position: int) -> Value:
     """The field of a placed struct at `position`, itself placed."""
     builder = current_builder("get")
     t = value.type_signature
-    assert isinstance(t, FederatedType) and isinstance(t.member, StructType)
+    assert isinstance(t, FederatedType)
+    assert isinstance(t.member, StructType)
     source = position_of(value, builder, "get")
     field = FederatedType(t.member.elements[position][1], t.placement, t.all_equal)
     return builder.add_once(
@@ -183,7 +191,8 @@ def zip_values(tree: Any, operator: str) -> Value:
     for leaf in leaves:
         if not isinstance(leaf, Value) or not isinstance(leaf.type_signature, FederatedType):
             raise FederatedTypeError(
-                f"{operator}: expected placed values, got {leaf!r}; place a constant with federated_value."
+                f"{operator}: expected placed values, got {leaf!r}; place a constant with "
+                "federated_value."
             )
     if not leaves:
         raise FederatedTypeError(f"{operator}: expected at least one placed value, got {tree!r}.")
@@ -191,7 +200,8 @@ def zip_values(tree: Any, operator: str) -> Value:
     if len(placements) > 1:
         raise PlacementError(
             f"{operator}: expected values at one placement, got "
-            f"{[str(leaf.type_signature) for leaf in leaves]}; use federated_broadcast, or aggregate first."
+            f"{[str(leaf.type_signature) for leaf in leaves]}; use federated_broadcast, or "
+            "aggregate first."
         )
     members = [leaf.type_signature.member for leaf in leaves]
     t = FederatedType(
@@ -217,14 +227,8 @@ def inline(program: Program, args: tuple[Any, ...], operator: str) -> Any:
       FederatedTypeError: where an argument does not have the parameter's type.
     """
     builder = current_builder(operator)
-    is_value = lambda x: isinstance(x, Value)  # noqa: E731
-    given = [zip_values(x, operator) for x in jax.tree.leaves(args, is_leaf=is_value)]
+    given = [zip_values(x, operator) for x in program.leaves_of(args)]
     wanted = [program.ops[i].type for i in program.parameters]
-    if len(given) != len(wanted):
-        raise FederatedTypeError(
-            f"{operator}: expected {len(wanted)} placed arguments for {program.type_signature}, got "
-            f"{len(given)}."
-        )
     for index, (value, t) in enumerate(zip(given, wanted, strict=True)):
         t.check_assignable_from(value.type_signature, f"argument {index} of `{operator}`")
     values = dict(zip(program.parameters, given, strict=True))
@@ -239,8 +243,8 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
     """Traces `function` for arguments of the given types.
 
     Args:
-      function: called once, with a `Value` (or a pytree of them) for each parameter; returns a pytree of
-        `Value`s.
+      function: called once, with a `Value` (or a pytree of them) for each parameter; returns a
+        pytree of `Value`s.
       parameters: federated types, or structs of them.
 
     Raises:
@@ -258,7 +262,9 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
             ops=tuple(builder.ops),
             parameter_tree=jax.tree.map(position, arguments, is_leaf=is_value),
             result_tree=jax.tree.map(position, result, is_leaf=is_value),
-            type_signature=FunctionType(pack_parameters(function, parameters), _result_type(result)),
+            type_signature=FunctionType(
+                pack_parameters(function, parameters), _result_type(result)
+            ),
         )
 
 
@@ -268,8 +274,8 @@ def _declare(builder: Builder, t: Type) -> Any:
     if isinstance(t, StructType):
         return jax.tree.unflatten(t.container, [_declare(builder, child) for child in t.children()])
     raise FederatedTypeError(
-        f"Expected a federated type, or a struct of them, for a parameter of a federated computation, "
-        f"got {t}; say where it lives, as in FederatedType({t}, SERVER)."
+        "Expected a federated type, or a struct of them, for a parameter of a federated "
+        f"computation, got {t}; say where it lives, as in FederatedType({t}, SERVER)."
     )
 
 
@@ -277,12 +283,14 @@ def _check_result(result: Any, name: str) -> None:
     leaves = jax.tree.leaves(result, is_leaf=lambda x: isinstance(x, Value))
     if result is None or not leaves:
         raise FederatedTypeError(
-            f"`{name}` returned {result!r}: expected a placed value, or a struct of them; add a return."
+            f"`{name}` returned {result!r}: expected a placed value, or a struct of them; add a "
+            "return."
         )
     for leaf in leaves:
         if not isinstance(leaf, Value):
             raise FederatedTypeError(
-                f"`{name}` returned {leaf!r}, which is not placed; use federated_value to place a constant."
+                f"`{name}` returned {leaf!r}, which is not placed; use federated_value to place a "
+                "constant."
             )
 
 

@@ -7,8 +7,9 @@
     float32@CLIENTS         one that is the same at all clients, float32@SERVER at the server
     (T -> U), ( -> U)       a function
 
-Types are immutable and compare by structure. `target.is_assignable_from(source)` follows TFF's table:
-dtypes must agree, an unknown dimension takes a known one, a named struct takes an unnamed one,
+Types are immutable and compare by structure. `target.is_assignable_from(source)` follows TFF's
+table: dtypes must agree, an unknown dimension takes a known one, a named struct takes an unnamed
+  one,
 `{T}@P` takes `T@P`, parameters of functions are contravariant.
 """
 
@@ -65,7 +66,8 @@ class TensorType(Type):
     """An array of `dtype` and `shape`.
 
     Args:
-      dtype: anything NumPy or JAX takes as a dtype; PRNG keys have the dtype of their implementation.
+      dtype: anything NumPy or JAX takes as a dtype; PRNG keys have the dtype of their
+        implementation.
       shape: a tuple of sizes, None for an unknown one; None alone when not even the rank is known.
 
     Examples:
@@ -90,6 +92,7 @@ class TensorType(Type):
         return f"{name}[{','.join('?' if n is None else str(n) for n in self.shape)}]"
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         return (
             isinstance(source, TensorType)
             and self.dtype == source.dtype
@@ -112,8 +115,8 @@ class StructType(Type):
 
     Args:
       elements: types, or `(name, type)` pairs.
-      container: the one-level `PyTreeDef` of the Python container that holds the fields; without one, a
-        struct whose fields all have names is an OrderedDict, any other a tuple.
+      container: the one-level `PyTreeDef` of the Python container that holds the fields; without
+        one, a struct whose fields all have names is an OrderedDict, any other a tuple.
 
     Examples:
       >>> str(StructType([('a', np.int32), np.bool_, ('c', [])]))
@@ -140,9 +143,11 @@ class StructType(Type):
         return f"<{','.join(fields)}>"
 
     def children(self) -> Iterator[Type]:
+        """See `Type.children`."""
         return (t for _, t in self.elements)
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         if not isinstance(source, StructType) or len(self.elements) != len(source.elements):
             return False
         return all(
@@ -163,7 +168,9 @@ class StructType(Type):
                 )
             return key
         if key not in self.names():
-            raise AttributeError(f"Expected one of the fields {self.names()} of {self}, got {key!r}.")
+            raise AttributeError(
+                f"Expected one of the fields {self.names()} of {self}, got {key!r}."
+            )
         return self.names().index(key)
 
 
@@ -186,9 +193,11 @@ class SequenceType(Type):
         return f"{self.element}*"
 
     def children(self) -> Iterator[Type]:
+        """See `Type.children`."""
         return iter((self.element,))
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         return isinstance(source, SequenceType) and self.element.is_assignable_from(source.element)
 
 
@@ -225,9 +234,11 @@ class FederatedType(Type):
         return f"{member}@{self.placement}"
 
     def children(self) -> Iterator[Type]:
+        """See `Type.children`."""
         return iter((self.member,))
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         return (
             isinstance(source, FederatedType)
             and self.placement is source.placement
@@ -257,9 +268,11 @@ class FunctionType(Type):
         return f"({'' if self.parameter is None else self.parameter} -> {self.result})"
 
     def children(self) -> Iterator[Type]:
+        """See `Type.children`."""
         return iter((self.result,) if self.parameter is None else (self.parameter, self.result))
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         if not isinstance(source, FunctionType):
             return False
         if self.parameter is None or source.parameter is None:
@@ -284,6 +297,7 @@ class AbstractType(Type):
         return self.label
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         raise FederatedTypeError("Abstract types are not comparable.")
 
 
@@ -300,6 +314,7 @@ class PlacementType(Type):
         return "placement"
 
     def is_assignable_from(self, source: Type) -> bool:
+        """See `Type.is_assignable_from`."""
         return isinstance(source, PlacementType)
 
 
@@ -396,8 +411,8 @@ def to_type(spec: Any) -> Type:
     """Converts a specification of a type to a `Type`.
 
     Args:
-      spec: a `Type`; a NumPy or JAX dtype; a `(dtype, shape)` pair; a `jax.ShapeDtypeStruct`; a list of
-        `(name, spec)` pairs; or any pytree of these.
+      spec: a `Type`; a NumPy or JAX dtype; a `(dtype, shape)` pair; a `jax.ShapeDtypeStruct`; a
+        list of `(name, spec)` pairs; or any pytree of these.
 
     Returns:
       The type; a pytree keeps its Python container.
@@ -415,7 +430,12 @@ def to_type(spec: Any) -> Type:
         return TensorType(spec.dtype, spec.shape)
     if _is_dtype_like(spec):
         return TensorType(spec)
-    if isinstance(spec, tuple) and len(spec) == 2 and _is_dtype_like(spec[0]) and _is_shape_like(spec[1]):
+    if (
+        isinstance(spec, tuple)
+        and len(spec) == 2
+        and _is_dtype_like(spec[0])
+        and _is_shape_like(spec[1])
+    ):
         return TensorType(spec[0], spec[1])
     if _is_named_field(spec):
         return StructType([spec])
@@ -504,7 +524,7 @@ def template(t: Type, capacity: int = 1) -> Any:
             rows = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((capacity, *x.shape), x.dtype), template(element)
             )
-            scalar = jax.ShapeDtypeStruct((), jnp.int32)
+            scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
             return Sequence(rows, scalar, scalar, capacity)
     raise FederatedTypeError(f"Expected a type with a fixed shape, got {t}; give every dimension.")
 
@@ -513,7 +533,23 @@ def runtime_dtype(dtype: Any) -> Any:
     """`dtype` as arrays have it: 64 bits become 32 unless `jax_enable_x64` is set."""
     if is_extended_dtype(dtype):
         return dtype
+    if _is_str(dtype):
+        raise FederatedTypeError("Expected a dtype that JAX computes with, got str; use numbers.")
     return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def runtime_type(t: Type) -> Type:
+    """`t` with the dtypes that arrays have, see `runtime_dtype`."""
+    match t:
+        case TensorType(dtype, shape):
+            return TensorType(runtime_dtype(dtype), shape)
+        case StructType(elements, container):
+            return StructType([(name, runtime_type(child)) for name, child in elements], container)
+        case SequenceType(element):
+            return SequenceType(runtime_type(element))
+        case FederatedType(member, placement, all_equal):
+            return FederatedType(runtime_type(member), placement, all_equal)
+    return t
 
 
 def is_sum_compatible(t: Type) -> bool:

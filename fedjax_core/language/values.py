@@ -17,8 +17,8 @@ class Sequence:
     """A client's examples: rows ``start .. start + length`` of arrays that may hold more.
 
     Two layouts share this class. *Padded*: `elements` belongs to this sequence alone, `start` is 0
-    and rows past `length` are padding. *Packed*: `elements` is a pool shared by all clients, in which
-    this sequence is the slice that begins at `start`; nothing is copied or padded per client.
+    and rows past `length` are padding. *Packed*: `elements` is a pool shared by all clients, in
+    which this sequence is the slice that begins at `start`; nothing is copied or padded per client.
 
     Attributes:
       elements: pytree of arrays, each ``[rows, ...]`` with one common number of rows.
@@ -52,8 +52,8 @@ class Sequence:
 
         Args:
           zero: pytree of scalars or arrays; the result for an empty sequence.
-          operator: `(accumulator, element) -> accumulator`, of one example without a rows axis. Results
-            are cast to the dtypes of `zero`.
+          operator: `(accumulator, element) -> accumulator`, of one example without a rows axis.
+            Results are cast to the dtypes of `zero`.
 
         Returns:
           The accumulator, of the structure and dtypes of `zero`.
@@ -79,7 +79,8 @@ class Federated:
     """A concrete value at a placement; a pytree, so that JAX transforms see through it.
 
     Args:
-      value: a pytree of arrays. At `CLIENTS`, unless `all_equal`, every leaf has a leading clients axis.
+      value: a pytree of arrays. At `CLIENTS`, unless `all_equal`, every leaf has a leading clients
+        axis.
       placement: `CLIENTS` or `SERVER`.
       all_equal: whether all members hold the same value; by default only at the server.
 

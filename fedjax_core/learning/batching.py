@@ -17,8 +17,9 @@ def num_batches(examples: Sequence, batch_size: int) -> jax.Array:
 def shuffle(key: jax.Array, examples: Sequence) -> jax.Array:
     """A random order of the examples.
 
-    Every position draws its own 32 bits from the key, and positions are sorted by them. So the order depends on
-    the key and the length alone, not on the capacity that the sequence happens to be padded to.
+    Every position draws its own 32 bits from the key, and positions are sorted by them. So the
+    order depends on the key and the length alone, not on the capacity that the sequence happens to
+    be padded to.
 
     Args:
       key: of this client and epoch.
@@ -45,8 +46,8 @@ def take_batch(
       batch_size: static.
 
     Returns:
-      `(batch, mask)`: a pytree of `[batch_size, ...]`, and bool `[batch_size]`, False for padding. What the
-      padding holds is undefined.
+      `(batch, mask)`: a pytree of `[batch_size, ...]`, and bool `[batch_size]`, False for padding.
+      What the padding holds is undefined.
     """
     slots = index * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
     positions = jnp.take(order, slots, mode="clip")

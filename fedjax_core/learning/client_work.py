@@ -69,16 +69,17 @@ def local_training(
 ) -> ClientWork:
     """Client work that trains for some epochs on the client's own examples.
 
-    Each epoch visits the examples once, in an order drawn from the client's key; the last batch is padded and
-    masked, never dropped. A client without examples takes no step.
+    Each epoch visits the examples once, in an order drawn from the client's key; the last batch is
+    padded and masked, never dropped. A client without examples takes no step.
 
     Args:
       model: what is trained.
-      optimizer: any optax optimiser; its state starts afresh at each client in each round. Hyper-parameters
-        injected by `optax.inject_hyperparams` are taken from the server's state.
+      optimizer: any optax optimiser; its state starts afresh at each client in each round.
+        Hyper-parameters injected by `optax.inject_hyperparams` are taken from the server's state.
       batch_size: examples a step.
       num_epochs: passes over the client's examples in a round.
-      weighting: "num_examples", "uniform" (one for every client), or a function of the client's training stats.
+      weighting: "num_examples", "uniform" (one for every client), or a function of the client's
+        training stats.
 
     Raises:
       ArgumentError: for numbers that are not positive, or another weighting.
@@ -162,13 +163,14 @@ def _zero_stats(
 
 def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:
     if weighting == "uniform":
-        return lambda stats: (stats["num_examples"].total > 0).astype(jnp.float32)
+        return lambda stats: jnp.float32(stats["num_examples"].total > 0)
     if weighting == "num_examples":
-        return lambda stats: stats["num_examples"].total.astype(jnp.float32)
+        return lambda stats: jnp.float32(stats["num_examples"].total)
     if callable(weighting):
         return lambda stats: jnp.asarray(weighting(stats), jnp.float32)
     raise ArgumentError(
-        f"Expected weighting to be 'num_examples', 'uniform' or a function of the stats, got {weighting!r}."
+        "Expected weighting to be 'num_examples', 'uniform' or a function of the stats, got "
+        f"{weighting!r}."
     )
 
 
@@ -179,7 +181,7 @@ def _check_positive(**numbers: int) -> None:
 
 
 def injected_hyperparams(state: Any) -> Any:
-    """The hyper-parameters that `optax.inject_hyperparams` put into an optimiser's state, else ()."""
+    """What `optax.inject_hyperparams` put into an optimiser's state, () if nothing."""
     return dict(state.hyperparams) if _is_injected(state) else ()
 
 

@@ -1,0 +1,1 @@
+"""The command line ``fedjax-core``. Nothing in the library imports it."""

@@ -1,0 +1,73 @@
+"""What can be set on the command line: one record a subcommand, defaults and units in the help."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of every command that trains."""
+
+    rounds: int = 60
+    """Rounds of training."""
+    clients_per_round: int = 10
+    """Clients that train in a round, drawn uniformly without replacement."""
+    batch_size: int = 20
+    """Examples in a step of a client; its last batch may hold fewer."""
+    epochs: int = 1
+    """Passes of a client over its examples in a round."""
+    client_learning_rate: float = 0.1
+    """Step size of the clients' SGD."""
+    server_learning_rate: float = 1.0
+    """Step size of the server's SGD; 1 is plain averaging."""
+    evaluate_every: int = 5
+    """Rounds between two evaluations on the test set; 0: only after the last round."""
+    seed: int = 0
+    """Seed of the partition, of the initial parameters and of the sampling of clients."""
+    data_dir: pathlib.Path | None = None
+    """Folder for prepared data; by default $FEDJAX_CORE_CACHE or ~/.cache/fedjax_core."""
+    overwrite: bool = False
+    """Replace the logs of an earlier run; other files in the folder stay."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo(Training):
+    """Train the FedAvg CNN twice on handwritten digits, with raw and with quantised updates."""
+
+    log_dir: pathlib.Path = pathlib.Path("logs")
+    """Folder for the logs of both runs, in `original` and `compression`, and the picture."""
+    num_clients: int = 30
+    """Clients over which the 1,797 digits are spread, by Dirichlet(1) over the labels."""
+    bits: int = 8
+    """Bits that an entry of a large tensor takes in the compressed run, 1 to 16."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Training):
+    """Train one model with federated averaging."""
+
+    log_dir: pathlib.Path
+    """Folder for the logs: TensorBoard events and rounds.jsonl."""
+    dataset: Literal["digits", "emnist"] = "digits"
+    """Federated dataset; `fedjax-core datasets` describes them."""
+    num_clients: int = 30
+    """Clients over which the digits are spread; EMNIST has its own clients."""
+    model: Literal["cnn", "linear", "two_nn"] = "cnn"
+    """Model: the FedAvg CNN, a linear one, or two hidden layers of 200 units."""
+    uplink: Literal["none", "quantize", "top_k", "top_k_quantize"] = "none"
+    """Compression of what clients send up."""
+    bits: int = 8
+    """Bits that an entry takes when quantised, 1 to 16."""
+    fraction: float = 0.1
+    """Part of a tensor's entries that top-k keeps, in (0, 1]."""
+    save: pathlib.Path | None = None
+    """File for the final state; `fedjax_core.learning.checkpoints.load` reads it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """List the datasets that `train --dataset` knows, and where their data comes from."""
+
+
+Command = Demo | Train | Datasets

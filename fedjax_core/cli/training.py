@@ -1,0 +1,112 @@
+"""``fedjax-core train``, and what it shares with the demo."""
+
+import pathlib
+from typing import Any
+
+import jax
+import optax
+
+from fedjax_core import compression, datasets, models
+from fedjax_core.aggregators import mean
+from fedjax_core.algorithms import fed_avg
+from fedjax_core.cli import options
+from fedjax_core.learning import checkpoints, writers
+from fedjax_core.learning.evaluation import evaluate
+from fedjax_core.learning.history import History
+from fedjax_core.learning.loop import train
+
+
+def run(settings: options.Train) -> bool:
+    """Trains one model; returns whether Ctrl-C ended it."""
+    folder = writers.log_folder(settings.log_dir, overwrite=settings.overwrite)
+    codec = make_codec(settings.uplink, bits=settings.bits, fraction=settings.fraction)
+    model = make_model(settings.model)
+    splits = load_splits(settings.dataset, settings, num_clients=settings.num_clients)
+    print(describe(splits), flush=True)
+    history = train_once(model, splits, codec, settings, folder=folder, save=settings.save)
+    print(f"{'interrupted; ' if history.interrupted else ''}logs are in {folder}")
+    return history.interrupted
+
+
+def make_codec(uplink: str, *, bits: int, fraction: float) -> compression.Codec | None:
+    """The codec that `uplink` names, None for raw updates."""
+    match uplink:
+        case "quantize":
+            return compression.uniform_quantize(bits)
+        case "top_k":
+            return compression.top_k(fraction)
+        case "top_k_quantize":
+            return compression.chain(
+                compression.top_k(fraction), compression.uniform_quantize(bits)
+            )
+    return None
+
+
+def make_model(name: str) -> models.Model:
+    """The model for images of ten classes that `name` names."""
+    factories = {"cnn": models.emnist_cnn, "linear": models.linear, "two_nn": models.two_nn}
+    return factories[name]()
+
+
+def load_splits(name: str, settings: options.Training, *, num_clients: int) -> datasets.Splits:
+    """The dataset `name`, prepared on first use."""
+    if name == "emnist":
+        return datasets.load("emnist", only_digits=True, data_dir=settings.data_dir)
+    return datasets.load(
+        "digits", num_clients=num_clients, seed=settings.seed, data_dir=settings.data_dir
+    )
+
+
+def describe(splits: datasets.Splits) -> str:
+    """One line on a dataset's size."""
+    return (
+        f"{splits.train.name}: {splits.train.num_clients} clients, "
+        f"{splits.train.num_examples.sum():,} examples to train, "
+        f"{splits.test.num_examples.sum():,} held out"
+    )
+
+
+def train_once(
+    model: models.Model,
+    splits: datasets.Splits,
+    codec: compression.Codec | None,
+    settings: options.Training,
+    *,
+    folder: pathlib.Path,
+    title: str = "",
+    save: pathlib.Path | None = None,
+) -> History:
+    """Federated averaging of `model`, logged to the screen and to `folder`."""
+    algorithm = fed_avg(
+        model,
+        client_optimizer=optax.sgd(settings.client_learning_rate),
+        server_optimizer=optax.sgd(settings.server_learning_rate),
+        aggregator=mean() if codec is None else mean(codec=codec),
+        batch_size=settings.batch_size,
+        num_epochs=settings.epochs,
+    )
+    state: Any = algorithm.init(jax.random.key(settings.seed))
+    if save is not None:
+        # Now already: a path that cannot be written shows before the work, not after it.
+        checkpoints.save(save, state)
+    sampler = datasets.sampling.uniform(
+        splits.train, settings.clients_per_round, seed=settings.seed
+    )
+    state, history = train(
+        algorithm,
+        splits.train,
+        sampler,
+        num_rounds=settings.rounds,
+        state=state,
+        evaluation=lambda params: evaluate(model, params, splits.test),
+        evaluate_every=settings.evaluate_every,
+        writers=[
+            writers.progress(settings.rounds, title=title),
+            writers.tensorboard(folder),
+            writers.json_lines(folder / writers.JSON_LINES_NAME),
+        ],
+    )
+    if save is not None:
+        checkpoints.save(save, state)
+        print(f"the state after {len(history)} rounds is in {save}")
+    return history

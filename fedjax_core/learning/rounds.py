@@ -1,0 +1,200 @@
+"""One round as a typed program, written with the operators of the language.
+
+keys      = fold the round's key, broadcast it, fold in each client's id
+output    = client work on the broadcast model and each client's own examples
+screened  = output, but for clients that are empty, not finite or not weighted
+update    = aggregate(screened)
+state     = server optimiser's step along the update, if it is sound
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_core.aggregators.base import Aggregator, is_present
+from fedjax_core.compression.base import Codec
+from fedjax_core.compression.edges import PlacedKeys, downlink
+from fedjax_core.language import types
+from fedjax_core.language.operators import (
+    federated_broadcast,
+    federated_map,
+    federated_mean,
+    federated_sum,
+    federated_value,
+)
+from fedjax_core.language.placements import CLIENTS
+from fedjax_core.language.tracing import Value
+from fedjax_core.language.types import FederatedType
+from fedjax_core.learning.client_work import ClientOutput, ClientWork, with_hyperparams
+from fedjax_core.learning.metrics import finish as finish_metrics
+from fedjax_core.learning.models import Model
+
+# What a key is folded with for each use of a round's randomness.
+_WORK, _AGGREGATION, _DOWNLINK = 0, 1, 2
+
+
+class State(NamedTuple):
+    """What the next round needs.
+
+    Attributes:
+      params: the model's variables.
+      round: int32 scalar, the number of rounds so far.
+      optimizer: the server optimiser's state.
+      aggregator: the aggregator's state.
+      client_work: the client work's state at the server.
+      hyperparams: what may be swept: `{"client": {...}, "server": {...}}`, from
+        `optax.inject_hyperparams`.
+      key: the key that every round's key is folded from.
+    """
+
+    params: Any
+    round: jax.Array
+    optimizer: Any
+    aggregator: Any
+    client_work: Any
+    hyperparams: dict[str, Any]
+    key: jax.Array
+
+
+class Parts(NamedTuple):
+    """What a round is made of."""
+
+    model: Model
+    client_work: ClientWork
+    aggregator: Aggregator
+    server_optimizer: optax.GradientTransformation
+    broadcast_codec: Codec | None
+
+
+class Screened(NamedTuple):
+    """A client's output after the check of what counts."""
+
+    output: ClientOutput
+    counts: dict[str, jax.Array]
+
+
+class Round(NamedTuple):
+    """The result of the typed program."""
+
+    state: Any
+    train: Any
+    clients: Any
+    aggregator: Any
+
+
+def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Round:
+    """One round, written with the operators."""
+    keys = _round_keys(state, uid)
+    params = _send_params(parts.broadcast_codec, keys, state.params)
+    context = _send(
+        federated_map(parts.client_work.prepare, state.client_work, state.params), "context"
+    )
+    hyperparams = _send(state.hyperparams["client"], "hyperparams")
+
+    def work(
+        key: jax.Array, context: Any, params: Any, hyperparams: Any, examples: Any
+    ) -> ClientOutput:
+        return parts.client_work.work(key, (), context, params, hyperparams, examples)[1]
+
+    output = federated_map(work, keys.fold_in(_WORK).client, context, params, hyperparams, examples)
+    screened = federated_map(screen, output)
+    output, counts = screened.output, screened.counts
+    aggregator_state, _, update, measurements = parts.aggregator.aggregate(
+        keys.fold_in(_AGGREGATION),
+        state.aggregator,
+        federated_value((), CLIENTS),
+        output.update,
+        output.weight,
+    )
+    stats, counts = federated_sum((output.metrics, counts), name="metrics")
+    work_state = _finish_work(parts.client_work, state.client_work, output)
+    new_state, rejected = federated_map(
+        _server_step(parts.server_optimizer), state, update, aggregator_state, work_state, counts
+    )
+    counts = federated_map(
+        lambda counts, rejected: counts | {"update_rejected": rejected}, counts, rejected
+    )
+    return Round(new_state, federated_map(finish_metrics, stats), counts, measurements)
+
+
+def _round_keys(state: Value, uid: Value) -> PlacedKeys:
+    """The round's key, and each client's, folded from its id: no position in the cohort matters."""
+    round_key = federated_map(jax.random.fold_in, state.key, state.round)
+    shared = federated_broadcast(round_key, name="seed")
+    return PlacedKeys(round_key, shared, federated_map(client_key, shared, uid))
+
+
+def client_key(key: jax.Array, uid: jax.Array) -> jax.Array:
+    """A client's own key of a round: `key` folded with both words of its uid, uint32 `[2]`."""
+    return jax.random.fold_in(jax.random.fold_in(key, uid[0]), uid[1])
+
+
+def _send_params(codec: Codec | None, keys: PlacedKeys, params: Value) -> Value:
+    if codec is None:
+        return federated_broadcast(params, name="params")
+    return downlink(codec, keys.fold_in(_DOWNLINK), params)
+
+
+def _send(value: Value, name: str) -> Value:
+    """Broadcasts `value`, or nothing at all if there is nothing in it."""
+    t = value.type_signature
+    if isinstance(t, FederatedType) and types.is_empty(t):
+        return federated_value(types.template(t.member), CLIENTS)
+    return federated_broadcast(value, name=name)
+
+
+def _finish_work(client_work: ClientWork, server: Value, output: Value) -> Value:
+    """Gives the mean of what the clients sent beside their updates to the client work."""
+    if types.is_empty(output.extra.type_signature):
+        return server
+    mean = federated_mean(output.extra, present=is_present(output.weight), name="extra")
+    return federated_map(client_work.finish, server, mean)
+
+
+def screen(output: ClientOutput) -> Screened:
+    """Takes a client out of the round if its update is not finite or its weight is not positive.
+
+    Its weight and its stats become zero, its update zeros, and it is counted under the reason.
+    """
+    is_finite = _all_finite(output.update)
+    is_weighted = jnp.isfinite(output.weight) & (output.weight > 0)
+    is_empty = output.metrics["num_examples"].total == 0
+    counts_in = is_finite & is_weighted & ~is_empty
+    keep = lambda x: jnp.where(counts_in, x, jnp.zeros_like(x))  # noqa: E731
+    counts = {
+        "num_clients": jnp.bool_(True),
+        "num_participants": counts_in,
+        "num_empty": is_empty,
+        "num_non_finite": ~is_empty & ~is_finite,
+        "num_not_weighted": ~is_empty & is_finite & ~is_weighted,
+    }
+    return Screened(
+        jax.tree.map(keep, output), {name: x.astype(jnp.int32) for name, x in counts.items()}
+    )
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+
+
+def _server_step(optimizer: optax.GradientTransformation) -> Callable[..., tuple[State, jax.Array]]:
+    def server_step(
+        state: State, update: Any, aggregator: Any, client_work: Any, counts: dict[str, jax.Array]
+    ) -> tuple[State, jax.Array]:
+        """One step of the server optimiser, or none if there is nothing sound to step along."""
+        old = with_hyperparams(state.optimizer, state.hyperparams["server"])
+        step, new = optimizer.update(update, old, state.params)
+        params = optax.apply_updates(state.params, step)
+        is_finite = _all_finite((update, params))
+        is_accepted = is_finite & (counts["num_participants"] > 0)
+        stepped = state._replace(
+            params=params, optimizer=new, aggregator=aggregator, client_work=client_work
+        )
+        kept = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), stepped, state)
+        return kept._replace(round=state.round + 1), (~is_finite).astype(jnp.int32)
+
+    return server_step
