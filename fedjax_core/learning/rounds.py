@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_core.aggregators.base import Aggregator, is_present
+from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec
 from fedjax_core.compression.edges import PlacedKeys, downlink
 from fedjax_core.language import types
@@ -24,6 +25,7 @@ from fedjax_core.language.operators import (
     federated_mean,
     federated_sum,
     federated_value,
+    sum_messages,
 )
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.tracing import Value
@@ -31,6 +33,9 @@ from fedjax_core.language.types import FederatedType
 from fedjax_core.learning.client_work import ClientOutput, ClientWork, with_hyperparams
 from fedjax_core.learning.metrics import finish as finish_metrics
 from fedjax_core.learning.models import Model
+
+# How a client fared, and the name under which the metrics count it.
+STATUSES = ("num_participants", "num_empty", "num_non_finite", "num_not_weighted")
 
 # What a key is folded with for each use of a round's randomness.
 _WORK, _AGGREGATION, _DOWNLINK = 0, 1, 2
@@ -70,10 +75,15 @@ class Parts(NamedTuple):
 
 
 class Screened(NamedTuple):
-    """A client's output after the check of what counts."""
+    """A client's output after the check of what counts.
+
+    Attributes:
+      output: all zeros if the client does not count.
+      status: uint8 scalar, a position in `STATUSES`.
+    """
 
     output: ClientOutput
-    counts: dict[str, jax.Array]
+    status: jax.Array
 
 
 class Round(NamedTuple):
@@ -101,7 +111,7 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
 
     output = federated_map(work, keys.fold_in(_WORK).client, context, params, hyperparams, examples)
     screened = federated_map(screen, output)
-    output, counts = screened.output, screened.counts
+    output = screened.output
     aggregator_state, _, update, measurements = parts.aggregator.aggregate(
         keys.fold_in(_AGGREGATION),
         state.aggregator,
@@ -109,7 +119,8 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
         output.update,
         output.weight,
     )
-    stats, counts = federated_sum((output.metrics, counts), name="metrics")
+    stats = federated_sum(output.metrics, name="metrics")
+    counts = _count_statuses(screened.status)
     work_state = _finish_work(parts.client_work, state.client_work, output)
     new_state, rejected = federated_map(
         _server_step(parts.server_optimizer), state, update, aggregator_state, work_state, counts
@@ -157,23 +168,35 @@ def _finish_work(client_work: ClientWork, server: Value, output: Value) -> Value
 def screen(output: ClientOutput) -> Screened:
     """Takes a client out of the round if its update is not finite or its weight is not positive.
 
-    Its weight and its stats become zero, its update zeros, and it is counted under the reason.
+    Its weight and its stats become zero, its update zeros, and its status is the reason.
     """
     is_finite = _all_finite(output.update)
     is_weighted = jnp.isfinite(output.weight) & (output.weight > 0)
     is_empty = output.metrics["num_examples"].total == 0
     counts_in = is_finite & is_weighted & ~is_empty
     keep = lambda x: jnp.where(counts_in, x, jnp.zeros_like(x))  # noqa: E731
-    counts = {
-        "num_clients": jnp.bool_(True),
-        "num_participants": counts_in,
-        "num_empty": is_empty,
-        "num_non_finite": ~is_empty & ~is_finite,
-        "num_not_weighted": ~is_empty & is_finite & ~is_weighted,
-    }
-    return Screened(
-        jax.tree.map(keep, output), {name: x.astype(jnp.int32) for name, x in counts.items()}
+    reasons = jnp.stack([counts_in, is_empty, ~is_finite, ~is_weighted])
+    return Screened(jax.tree.map(keep, output), jnp.argmax(reasons).astype(jnp.uint8))
+
+
+def _count_statuses(status: Value) -> Value:
+    """How many clients there are, and how many fared in which way: one byte from each."""
+
+    def receive(status: jax.Array) -> tuple[dict[str, jax.Array], tuple[()]]:
+        return {name: jnp.int32(status == i) for i, name in enumerate(STATUSES)}, ()
+
+    received = sum_messages(
+        status,
+        codec="status",
+        receive=receive,
+        bits=lambda status: BitCount.of(8),
+        name="metrics",
     )
+
+    def collect(counts: dict[str, jax.Array], num_clients: jax.Array) -> dict[str, jax.Array]:
+        return {"num_clients": num_clients, **counts}
+
+    return federated_map(collect, received.total, received.count)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -1,5 +1,7 @@
 """Federated averaging against hand-computed trajectories and its own promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +121,14 @@ def test_golden_case_agrees_with_numpy() -> None:
     np.testing.assert_allclose(got, [*w, b], rtol=1e-5)
 
 
+@functools.cache
+def default() -> fc.algorithms.Algorithm:
+    return fc.algorithms.fed_avg(linear_regression(), client_optimizer=optax.sgd(0.1), batch_size=3)
+
+
 def make(model: fc.models.Model | None = None, **keywords) -> fc.algorithms.Algorithm:
+    if model is None and not keywords:
+        return default()  # compiled once for all tests
     keywords = {"client_optimizer": optax.sgd(0.1), "batch_size": 3} | keywords
     return fc.algorithms.fed_avg(model or linear_regression(), **keywords)
 
