@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_core.errors import StorageError
+from fedjax_core.files import write_atomically
 
 ENVIRONMENT_VARIABLE = "FEDJAX_CORE_CACHE"
 _SETTINGS_FILE = "settings.json"
@@ -99,20 +100,11 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that readers see the old content or the new one, never a part."""
-    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
     files = {str(p.relative_to(folder)): p.stat().st_size for p in _files(folder)}
     content = {"settings": settings, "files": files}
-    write_atomically(folder / _SETTINGS_FILE, json.dumps(content, indent=2, sort_keys=True))
+    text = json.dumps(content, indent=2, sort_keys=True)
+    write_atomically(folder / _SETTINGS_FILE, text.encode())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedjax_core.datasets import cache
 from fedjax_core.errors import StorageError
+from fedjax_core.files import write_atomically
 
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = 20
@@ -88,7 +89,8 @@ def _recorded(path: Path) -> dict[str, Any] | None:
 
 
 def _record(path: Path, url: str, fingerprint: dict[str, Any]) -> None:
-    cache.write_atomically(record_path(path), json.dumps({"url": url, **fingerprint}, indent=2))
+    text = json.dumps({"url": url, **fingerprint}, indent=2)
+    write_atomically(record_path(path), text.encode())
 
 
 def _record_if_possible(path: Path, url: str, fingerprint: dict[str, Any]) -> None:

@@ -16,14 +16,16 @@ from jax.extend import core as jex_core
 
 # Equations whose inner jaxprs can be replaced by others of the same signature.
 _CONTROL_FLOW = frozenset({"scan", "while", "cond", "checkpoint", "remat2"})
+_CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+_WITH_JAXPRS = _CONTROL_FLOW | _CUSTOM_DERIVATIVES
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
 def rewrite_convolutions(jaxpr: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
     """The same computation, every convolution of it in the layout NHWC x HWIO -> NHWC.
 
-    Convolutions with groups, and those inside a function with a custom derivative, stay as they
-    are.
+    Convolutions with groups stay as they are, and so do those in the rules of custom derivatives,
+    which are not traced yet.
 
     Args:
       jaxpr: any traced function.
@@ -66,14 +68,14 @@ def _evaluate_equation(eqn: Any, inputs: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     if name == "conv_general_dilated":
         return [_convolve(*inputs, **eqn.params)]
-    params = eqn.primitive.get_bind_params(eqn.params)
+    params = eqn.params
     if any(map(_has_convolution, jex_core.jaxprs_in_params(eqn.params))):
         if name in _CALLS:
             inner = eqn.params["jaxpr"]
             return _evaluate(inner.jaxpr, inner.consts, inputs)
-        if name in _CONTROL_FLOW:
-            params = {key: _rewrite_param(value) for key, value in eqn.params.items()}
-    outputs = eqn.primitive.bind(*inputs, **params)
+        if name in _WITH_JAXPRS:
+            params = {key: _rewrite_param(value) for key, value in params.items()}
+    outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(params))
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 

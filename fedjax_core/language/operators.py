@@ -123,6 +123,8 @@ def _spread(function: Any, arg: Any) -> tuple[Any, ...]:
 def _num_parameters(function: Any) -> int | None:
     if isinstance(function, JaxComputation):
         return len(function.parameters)
+    if isinstance(getattr(function, "nin", None), int):  # jnp.add and its kin
+        return function.nin
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

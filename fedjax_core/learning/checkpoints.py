@@ -1,30 +1,27 @@
 """Saving and loading states: any pytree of arrays, without pickle.
 
-A file is one line of JSON, the header, and then the bytes of the leaves, one after the other:
-
-    {"format": "fedjax-core", "version": 1, "sha256": ...,
-     "leaves": [{"path": ".params['w']", "dtype": "float32", "shape": [3]}, ...]}
-
-Reading one runs no code from it. The structure is not in the file: `load` is given a tree of the
-same structure, and every leaf is checked against it by path, shape and dtype.
+A file is the leaves by their paths in flax's msgpack, behind a line of text with the format, its
+version and the SHA-256 of the rest. Reading one runs no code from it. The structure is not in the
+file: `load` is given a tree of the same structure, and every leaf is checked against it by path,
+  shape and dtype.
 """
 
 import hashlib
-import json
-import math
 import pathlib
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import FederatedTypeError, StorageError
-from fedjax_core.learning.files import write_atomically
+from fedjax_core.files import write_atomically
 
 _FORMAT = "fedjax-core"
-_VERSION = 1
-_MAX_HEADER = 1 << 26
+_VERSION = "1"
+
+# What the file says of a leaf: its dtype (for a key, the generator) and its shape.
+_Description = tuple[str, tuple[int, ...]]
 
 
 def save(path: str | pathlib.Path, tree: Any) -> None:
@@ -45,16 +42,15 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
       >>> load(path, {"w": jnp.zeros(3), "round": 0})
       {'round': 7, 'w': Array([0., 1., 2.], dtype=float32)}
     """
-    leaves = _named_leaves(tree)
-    body = b"".join(_to_host(at, leaf).tobytes() for at, leaf in leaves)
-    descriptions = [_describe(at, leaf) for at, leaf in leaves]
-    header = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "sha256": _digest(descriptions, body),
-        "leaves": descriptions,
+    from flax import serialization
+
+    leaves = {
+        at: {"type": _describe(leaf)[0], "data": _to_host(at, leaf)}
+        for at, leaf in _named_leaves(tree)
     }
-    write_atomically(pathlib.Path(path), json.dumps(header).encode() + b"\n" + body)
+    body = serialization.msgpack_serialize(leaves)
+    header = f"{_FORMAT} {_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode()
+    write_atomically(pathlib.Path(path), header + body)
 
 
 def load(path: str | pathlib.Path, like: Any) -> Any:
@@ -75,21 +71,11 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
         the message names the leaf.
     """
     path = pathlib.Path(path)
-    descriptions, body = _read(path)
+    found = _read(path)
     leaves = _named_leaves(like)
-    _check_leaves(path, [_describe(at, leaf) for at, leaf in leaves], descriptions)
-    layout = [_stored_as(leaf) for _, leaf in leaves]
-    expected = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in layout)
-    if len(body) != expected:
-        raise StorageError(
-            f"expected {expected} bytes of leaves in {path}, got {len(body)}; use another copy."
-        )
-    restored, offset = [], 0
-    for (_, leaf), stored in zip(leaves, layout, strict=True):
-        count = math.prod(stored.shape)
-        array = np.frombuffer(body, stored.dtype, count, offset).reshape(stored.shape)
-        restored.append(_as_in(leaf, array.copy()))
-        offset += array.nbytes
+    wanted = {at: _describe(leaf) for at, leaf in leaves}
+    _check_leaves(path, wanted, {at: (x["type"], x["data"].shape) for at, x in found.items()})
+    restored = [_as_in(leaf, found[at]["data"]) for at, leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
@@ -116,11 +102,11 @@ def _stored_as(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
 
 
-def _describe(at: str, leaf: Any) -> dict[str, Any]:
-    """A leaf as the header has it: where it is, and what its bytes mean."""
+def _describe(leaf: Any) -> _Description:
+    """What is expected of the bytes of a leaf."""
     stored = _stored_as(leaf)
     dtype = f"key {_key_implementation(leaf)}" if _is_key(leaf) else stored.dtype.name
-    return {"path": at, "dtype": dtype, "shape": list(stored.shape)}
+    return dtype, tuple(stored.shape)
 
 
 def _to_host(at: str, leaf: Any) -> np.ndarray:
@@ -142,79 +128,55 @@ def _as_in(like: Any, array: np.ndarray) -> Any:
     return array if isinstance(like, np.ndarray) else type(like)(array.item())
 
 
-def _digest(descriptions: list[dict[str, Any]], body: bytes) -> str:
-    digest = hashlib.sha256(json.dumps(descriptions).encode())
-    digest.update(body)
-    return digest.hexdigest()
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The leaves of a file by their paths, once the checksum fits."""
+    from flax import serialization
 
-
-def _read(path: pathlib.Path) -> tuple[list[dict[str, Any]], bytes]:
-    """The descriptions of the leaves and their bytes, once the checksum fits."""
     try:
-        with path.open("rb") as file:
-            line, body = file.readline(_MAX_HEADER), file.read()
+        header, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:
         raise StorageError(
             f"expected a file that `save` wrote, got {path} ({error.strerror}); check the path."
         ) from error
-    header = _parse_header(path, line)
-    if _digest(header["leaves"], body) != header["sha256"]:
+    _check_header(path, header, hashlib.sha256(body).hexdigest())
+    return serialization.msgpack_restore(body)
+
+
+def _check_header(path: pathlib.Path, header: bytes, digest: str) -> None:
+    fields = header[:200].decode("ascii", "replace").split(" ")
+    if len(fields) != 3 or fields[0] != _FORMAT:
+        raise StorageError(
+            f"expected a file that `save` wrote, got {path}, which is not; check the path."
+        )
+    if fields[1] != _VERSION:
+        raise StorageError(
+            f"expected a checkpoint of version {_VERSION}, got version {fields[1]} in {path}; read "
+            "it with the version of the library that wrote it."
+        )
+    if fields[2] != digest:
         raise StorageError(
             f"expected the bytes that `save` wrote, got {path} with another checksum: it was "
             "cut short or altered; use another copy or save it again."
         )
-    return header["leaves"], body
-
-
-def _parse_header(path: pathlib.Path, line: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
-        header = None
-    if not _is_header(header):
-        raise StorageError(
-            f"expected a file that `save` wrote, got {path}, which is not; check the path."
-        )
-    if header["version"] != _VERSION:
-        raise StorageError(
-            f"expected a checkpoint of version {_VERSION}, got version {header['version']!r} in "
-            f"{path}; read it with the version of the library that wrote it."
-        )
-    return header
-
-
-def _is_header(header: Any) -> TypeGuard[dict[str, Any]]:
-    return (
-        isinstance(header, dict)
-        and header.get("format") == _FORMAT
-        and {"version", "sha256"} <= header.keys()
-        and isinstance(header.get("leaves"), list)
-        and all(_is_description(leaf) for leaf in header["leaves"])
-    )
-
-
-def _is_description(leaf: Any) -> bool:
-    return isinstance(leaf, dict) and leaf.keys() == {"path", "dtype", "shape"}
 
 
 def _check_leaves(
-    path: pathlib.Path, wanted: list[dict[str, Any]], found: list[dict[str, Any]]
+    path: pathlib.Path, wanted: dict[str, _Description], found: dict[str, _Description]
 ) -> None:
-    held = {description["path"]: description for description in found}
-    for description in wanted:
-        at = description["path"]
-        if held.pop(at, None) != description:
-            got = next((_type_of(other) for other in found if other["path"] == at), "no such leaf")
+    for at, description in wanted.items():
+        if found.get(at) != description:
+            got = _type_of(found[at]) if at in found else "no such leaf"
             raise FederatedTypeError(
                 f"expected {_type_of(description)} at {at}, got {got} in {path}; "
                 "`like` has to come from the same model and algorithm."
             )
-    if held:
+    surplus = found.keys() - wanted.keys()
+    if surplus:
         raise FederatedTypeError(
             f"expected {len(wanted)} leaves, got {len(found)} in {path}, among them "
-            f"{next(iter(held))}; `like` has to come from the same model and algorithm."
+            f"{min(surplus)}; `like` has to come from the same model and algorithm."
         )
 
 
-def _type_of(description: dict[str, Any]) -> str:
-    return f"{description['dtype']}{description['shape']}"
+def _type_of(description: _Description) -> str:
+    return f"{description[0]}{list(description[1])}"

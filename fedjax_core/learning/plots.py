@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedjax_core.errors import ArgumentError
-from fedjax_core.learning.files import unwritable
+from fedjax_core.files import unwritable
 from fedjax_core.learning.history import RoundRecord
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import IO, NamedTuple
 
 from fedjax_core.errors import StorageError
-from fedjax_core.learning.files import unwritable
+from fedjax_core.files import unwritable
 from fedjax_core.learning.history import RoundRecord
 
 JSON_LINES_NAME = "rounds.jsonl"

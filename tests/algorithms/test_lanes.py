@@ -80,7 +80,7 @@ def messages(lanes: int):
 
 
 def test_quantised_symbols_hardly_depend_on_lanes() -> None:
-    """A different order of summation may flip a stochastic rounding: at most 1e-4 of the symbols."""
+    """Another order of summation may flip a rounding: at most 1e-4 of the symbols."""
 
     def symbols(lanes: int) -> np.ndarray:
         payload = messages(lanes).payload

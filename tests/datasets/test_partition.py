@@ -111,7 +111,8 @@ def test_class_shares_have_the_variance_of_the_dirichlet_multinomial():
     # Shares of n draws from q ~ Dir(a), a0 = sum of a: variance p(1-p)/n * (n + a0)/(1 + a0).
     # With 2,000 clients the sample variance has a relative standard error below 5 %; the bound of
     # 20 % has a false-alarm rate below 1e-4.
-    for alpha, a0, settings in [(1.0, 4.0, {}), (1.0, 1.0, {"prior": np.full(4, 0.25)}), (2.0, 8.0, {})]:
+    shares_of_four = {"prior": np.full(4, 0.25)}
+    for alpha, a0, settings in [(1.0, 4.0, {}), (1.0, 1.0, shares_of_four), (2.0, 8.0, {})]:
         shares = _mixes(alpha, **settings)
         expected = 0.25 * 0.75 / 50 * (50 + a0) / (1 + a0)
         np.testing.assert_allclose(shares.mean(0), 0.25, atol=0.05)

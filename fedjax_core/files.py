@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import uuid
 
 from fedjax_core.errors import StorageError
 
@@ -23,7 +24,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     Raises:
       StorageError: the file cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
