@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report
+from fedjax_core.errors import CodecError
 from fedjax_core.language import types
 from fedjax_core.language.operators import (
     Received,
@@ -127,14 +128,25 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
 
     Returns:
       What the clients decode.
+
+    Raises:
+      CodecError: if the codec keeps state at the receiver, or memory at the sender.
     """
 
     def encode(key: jax.Array, value: Any) -> Message:
-        server, memory = codec.init(jax.tree.map(_spec, value))
+        state = codec.init(jax.tree.map(_spec, value))
+        if jax.tree.leaves(state):
+            raise CodecError(
+                f"expected a codec without state or memory on the way down, got {codec.name}; use "
+                "it on the way up, as in mean(codec=...)."
+            )
+        server, memory = state
         return codec.encode(Keys(key, key), memory, codec.hints(server), value)[1]
 
     def receive(key: jax.Array, message: Message) -> Any:
-        return codec.decode(Keys(key, key), (), message)
+        summand = codec.decode(Keys(key, key), (), message)
+        report = Report(jnp.int32(1), codec.bits(message), message.stats)
+        return codec.finish(key, (), summand, report)[1]
 
     message = federated_map(encode, keys.server, value)
     return broadcast_message(

@@ -54,10 +54,9 @@ class Computation:
           FederatedTypeError: naming the argument, and the client, that does not fit.
           ArgumentError: where arguments disagree on the number of clients.
         """
-        is_value = lambda x: isinstance(x, Value)  # noqa: E731
-        if any(map(is_value, jax.tree.leaves(args, is_leaf=is_value))):
-            return inline(self.program, args, self.program.name)
         leaves = self.program.leaves_of(args)
+        if any(map(_holds_value, leaves)):
+            return inline(self.program, args, self.program.name)
         placed = self._feed(leaves)
         is_lazy = bool(placed) and all(map(_is_federated, leaves))
         if num_clients is None:
@@ -142,6 +141,14 @@ class Computation:
             if t.placement is CLIENTS and types.is_empty(t) and isinstance(leaf, list | tuple):
                 return len(leaf)
         return None
+
+
+def _holds_value(x: Any) -> bool:
+    """Whether `x` is a placed value of a body, or a container with one."""
+    if not isinstance(x, tuple | list | Mapping):
+        return isinstance(x, Value)
+    leaves = jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, Value))
+    return any(isinstance(leaf, Value) for leaf in leaves)
 
 
 def _is_federated(x: Any) -> bool:

@@ -335,7 +335,7 @@ def _as_dtype(dtype: Any) -> Any:
         ) from error
     if dtype.kind in "US":
         return np.dtype(str)
-    if dtype.kind in "OMm":
+    if dtype.kind in "OMm" or dtype.type is np.void:  # bfloat16 is of kind V too
         raise FederatedTypeError(f"Expected a dtype that JAX has, got {dtype}.")
     return dtype
 

@@ -1,4 +1,4 @@
-"""The lowered JAX functions: accumulation, padding, edge sizes, compilations, threads, transforms."""
+"""The lowered functions: accumulation, padding, edge sizes, compilations, threads, transforms."""
 
 import concurrent.futures
 
@@ -85,15 +85,13 @@ def test_means_by_small_integer_weights(execution):
 
 
 @each_mode
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_means_of_halves_by_many_examples(execution, dtype):
-    """257 examples are no bfloat16, and 200 x 600 are beyond float16."""
-    values = fc.FederatedType(dtype, fc.CLIENTS)
+def test_means_of_halves_by_many_examples(execution):
+    """The weights of 50 clients sum to 120,000, which float16 does not hold."""
+    values = fc.FederatedType(np.float16, fc.CLIENTS)
     average = fc.federated_computation(fc.federated_mean, values, F32)
-    for weights in ([257.0, 257.0, 257.0], [600.0] * 200):
-        x = clients(np.full(len(weights), 0.5, dtype))
-        result, _ = run(average, execution, x, clients(np.float32(weights)))
-        assert float(result.value) == 0.5
+    args = clients(np.full(50, 0.5, np.float16)), clients(np.full(50, 2400, np.float32))
+    result, _ = run(average, execution, *args)
+    assert (result.value.dtype, float(result.value)) == (np.float16, 0.5)
 
 
 @each_mode
@@ -300,7 +298,9 @@ def test_a_local_function_of_sequences_runs_once_for_each_capacity():
         return rows.reduce(0.0, jnp.add)
 
     rows = fc.FederatedType(fc.SequenceType(np.float32), fc.CLIENTS)
-    total = fc.federated_computation(lambda rows: fc.federated_sum(fc.federated_map(add, rows)), rows)
+    total = fc.federated_computation(
+        lambda rows: fc.federated_sum(fc.federated_map(add, rows)), rows
+    )
     assert calls == [2]
     for cohort in ([[1.0, 2.0, 3.0]], [[1.0], [1.0, 2.0, 3.0, 4.0]], [[0.0] * 5], [[0.0] * 8]):
         assert float(total(cohort)) == np.sum(np.concatenate(cohort))
@@ -457,7 +457,9 @@ def test_one_step_of_fed_avg_differentiates_through_the_learning_rate():
         placed = (fc.Federated(v, fc.SERVER) for v in (w, rate))
         return train.lower()(clients(np.float32([1, 2, 3])), *placed)[0].value
 
-    new, (by_w, by_rate) = jax.value_and_grad(value, argnums=(0, 1))(jnp.float32(0), jnp.float32(0.5))
+    new, (by_w, by_rate) = jax.value_and_grad(value, argnums=(0, 1))(
+        jnp.float32(0), jnp.float32(0.5)
+    )
     np.testing.assert_allclose([new, by_rate, by_w], [1.0, 2.0, 0.5], rtol=1e-6)
 
 
@@ -514,9 +516,9 @@ def test_lowered_functions_check_their_arguments(execution):
     """Types, placements, and one number of clients, whichever way it runs."""
     lowered = weighted_mean.lower(execution)
     x = clients(np.ones(3, np.float32))
-    with pytest.raises(FederatedTypeError, match="float32.*int32"):
+    with pytest.raises(FederatedTypeError, match=r"float32.*int32"):
         lowered(x, clients(np.ones(3, np.int32)))
-    with pytest.raises(FederatedTypeError, match="CLIENTS.*SERVER"):
+    with pytest.raises(FederatedTypeError, match=r"CLIENTS.*SERVER"):
         lowered(x, fc.Federated(np.float32(1), fc.SERVER))
     with pytest.raises(FederatedTypeError, match=r"fc\.Federated"):
         lowered(x, np.ones(3, np.float32))
@@ -538,9 +540,7 @@ def test_leaves_of_one_value_agree_on_the_number_of_clients():
 
 
 def test_a_number_of_clients_is_needed_and_checked():
-    spread = fc.federated_computation(
-        fc.federated_broadcast, fc.FederatedType(np.int32, fc.SERVER)
-    )
+    spread = fc.federated_computation(fc.federated_broadcast, fc.FederatedType(np.int32, fc.SERVER))
     counted = fc.federated_computation(lambda: fc.federated_count())
     assert int(counted(num_clients=3)) == 3
     assert int(spread(5, num_clients=2)) == 5
@@ -600,6 +600,3 @@ def test_uplinks_keep_the_memory_of_those_who_send_nothing():
     memory, total = send(*args)
     assert list(map(float, memory)) == [1.0, 5.0]
     assert total.tolist() == [1, 2, 3]
-
-
-

@@ -1,7 +1,7 @@
 """One property: all ways to run a program agree, in their values and exactly in the bits.
 
-Programs are drawn at random. Their numbers stay on a grid of quarters, on which sums are exact in any
-order, so that rounding in a codec cannot tell one order of summation from another.
+Programs are drawn at random. Their numbers stay on a grid of quarters, on which sums are exact in
+any order, so that rounding in a codec cannot tell one order of summation from another.
 """
 
 from typing import Any, NamedTuple
