@@ -6,8 +6,6 @@ import json
 import pathlib
 import re
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -22,7 +20,6 @@ def output_block(name: str) -> str:
     return found[1].removeprefix("```\n").removesuffix("\n```").strip()
 
 
-@pytest.mark.slow
 def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDJAX_CORE_CACHE", str(tmp_path))
     printed, namespace = [], {}
