@@ -18,5 +18,8 @@ else:
     from fedjax_core.compression.base import identity as identity
     from fedjax_core.compression.base import to_bytes as to_bytes
     from fedjax_core.compression.chain import chain as chain
+    from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
+    from fedjax_core.compression.edges import downlink as downlink
+    from fedjax_core.compression.edges import uplink as uplink
     from fedjax_core.compression.sparse import top_k as top_k
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize

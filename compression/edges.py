@@ -11,14 +11,12 @@ import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report
 from fedjax_core.errors import CodecError
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
+from fedjax_core.language.messages import Received, broadcast_message, sum_messages
 from fedjax_core.language.operators import (
-    Received,
-    broadcast_message,
     federated_broadcast,
     federated_map,
     federated_value,
-    sum_messages,
 )
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.tracing import Value
@@ -100,14 +98,14 @@ def uplink(
 def _hints(codec: Codec, server: Value) -> Value:
     hints = federated_map(codec.hints, server)
     member = cast(types.FederatedType, hints.type_signature).member
-    if types.is_empty(member):
-        return federated_value(types.template(member), CLIENTS)
+    if inference.is_empty(member):
+        return federated_value(inference.template(member), CLIENTS)
     return federated_broadcast(hints, name="hints")
 
 
 def _kept(present: Value | None, new: Value, old: Value) -> Value:
     """The memory of those who sent, and the old one of those who did not."""
-    if present is None or types.is_empty(old.type_signature):
+    if present is None or inference.is_empty(old.type_signature):
         return new
 
     def keep(present: jax.Array, new: Any, old: Any) -> Any:

@@ -17,6 +17,7 @@ from fedjax_core.execution.computation import Computation as Computation
 from fedjax_core.execution.computation import federated_computation as federated_computation
 from fedjax_core.execution.config import Execution as Execution
 from fedjax_core.language.analysis import communication as communication
+from fedjax_core.language.inference import infer_type as infer_type
 from fedjax_core.language.local import jax_computation as jax_computation
 from fedjax_core.language.operators import federated_aggregate as federated_aggregate
 from fedjax_core.language.operators import federated_broadcast as federated_broadcast
@@ -36,7 +37,6 @@ from fedjax_core.language.types import SequenceType as SequenceType
 from fedjax_core.language.types import StructType as StructType
 from fedjax_core.language.types import TensorType as TensorType
 from fedjax_core.language.types import Type as Type
-from fedjax_core.language.types import infer_type as infer_type
 from fedjax_core.language.types import to_type as to_type
 from fedjax_core.language.values import Federated as Federated
 from fedjax_core.language.values import Sequence as Sequence

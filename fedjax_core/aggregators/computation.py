@@ -10,7 +10,7 @@ from fedjax_core.aggregators.base import Aggregator
 from fedjax_core.compression.edges import PlacedKeys
 from fedjax_core.errors import ArgumentError
 from fedjax_core.execution.computation import Computation, federated_computation
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.operators import federated_broadcast, federated_map, federated_value
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.tracing import Value
@@ -55,7 +55,7 @@ def as_computation(aggregator: Aggregator, value_type: Any) -> tuple[Any, Comput
       1.6666666269302368
     """
     member = types.to_type(value_type)
-    state, memory = aggregator.init(types.template(member))
+    state, memory = aggregator.init(inference.template(member))
     if jax.tree.leaves(memory):
         raise ArgumentError(
             "Expected an aggregator without memory at the clients; use it in an algorithm."
@@ -74,7 +74,7 @@ def as_computation(aggregator: Aggregator, value_type: Any) -> tuple[Any, Comput
     state = jax.tree.map(jnp.asarray, state)
     return state, federated_computation(
         aggregate,
-        FederatedType(types.infer_type(state), SERVER),
+        FederatedType(inference.infer_type(state), SERVER),
         FederatedType(key_type, SERVER),
         FederatedType(member, CLIENTS),
         FederatedType(TensorType(np.float32), CLIENTS),

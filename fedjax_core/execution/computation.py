@@ -12,7 +12,7 @@ import numpy as np
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution import lowering, reference
 from fedjax_core.execution.config import Execution
-from fedjax_core.language import feeding, types
+from fedjax_core.language import feeding, inference, types
 from fedjax_core.language.local import name_of, split_function
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Program
@@ -138,7 +138,7 @@ class Computation:
     def _count_empty(self, leaves: list[Any]) -> int | None:
         """The number of clients where a list of values without arrays alone tells it."""
         for t, leaf, _ in self._parameters(leaves):
-            if t.placement is CLIENTS and types.is_empty(t) and isinstance(leaf, list | tuple):
+            if t.placement is CLIENTS and inference.is_empty(t) and isinstance(leaf, list | tuple):
                 return len(leaf)
         return None
 

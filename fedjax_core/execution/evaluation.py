@@ -11,7 +11,7 @@ from jax.extend import core as jex_core
 from fedjax_core.bits import BitCount
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.execution.convolutions import rewrite_convolutions
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.local import Local, Traced
 from fedjax_core.language.program import Constant, Edge, Get, Map, Op, Zip, type_bits
 from fedjax_core.language.types import Type
@@ -60,7 +60,7 @@ def _jitted(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
 def accumulator(t: Type) -> Any:
     """A zero to sum values of type `t` into, at least 32 bits wide."""
     return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, _wide(x.dtype)), types.template(t), is_leaf=_is_shape
+        lambda x: jnp.zeros(x.shape, _wide(x.dtype)), inference.template(t), is_leaf=_is_shape
     )
 
 
@@ -87,7 +87,7 @@ def add(total: Any, value: Any) -> Any:
 
 def narrow(total: Any, t: Type) -> Any:
     """An accumulated sum in the dtypes of type `t`."""
-    return jax.tree.map(lambda x, s: x.astype(s.dtype), total, types.template(t))
+    return jax.tree.map(lambda x, s: x.astype(s.dtype), total, inference.template(t))
 
 
 def mask(keep: jax.Array, value: Any) -> Any:

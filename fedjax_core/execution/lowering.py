@@ -16,7 +16,7 @@ from jax import lax
 from fedjax_core.bits import BitCount
 from fedjax_core.execution import evaluation
 from fedjax_core.execution.evaluation import call_local, mask, select
-from fedjax_core.language.operators import Received
+from fedjax_core.language.messages import Received
 from fedjax_core.language.program import (
     Aggregate,
     Broadcast,

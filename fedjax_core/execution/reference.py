@@ -13,7 +13,7 @@ from fedjax_core.bits import BitCount
 from fedjax_core.execution import evaluation
 from fedjax_core.execution.evaluation import add, call_local
 from fedjax_core.execution.lowering import evaluate, is_uniform, sum_types
-from fedjax_core.language.operators import Received
+from fedjax_core.language.messages import Received
 from fedjax_core.language.program import (
     Aggregate,
     Broadcast,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import FederatedType, SequenceType, StructType, TensorType, Type
 from fedjax_core.language.values import Federated, Sequence
@@ -45,7 +45,7 @@ def _to_array(value: Any, t: TensorType, where: str) -> Any:
     _check_dtype(value, t, where)
     if not types.is_shape_assignable(t.shape, tuple(value.shape)):
         raise FederatedTypeError(f"{where}: expected {t}, got shape {tuple(value.shape)}.")
-    dtype = types.runtime_dtype(t.dtype)
+    dtype = inference.runtime_dtype(t.dtype)
     if value.dtype == dtype:
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu":
@@ -66,19 +66,19 @@ def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
         raise FederatedTypeError(f"{where}: expected {t}, got {value!r} of {type(value).__name__}.")
     if target in "iu":
         _check_range(array, t, where)
-    return array.astype(types.runtime_dtype(t.dtype))
+    return array.astype(inference.runtime_dtype(t.dtype))
 
 
 def _check_range(array: np.ndarray, t: TensorType, where: str) -> None:
-    limits = np.iinfo(types.runtime_dtype(t.dtype))
+    limits = np.iinfo(inference.runtime_dtype(t.dtype))
     if array.size and (array.min() < limits.min or array.max() > limits.max):
         raise FederatedTypeError(f"{where}: expected values that {t} holds, got {array!r}.")
 
 
 def _check_dtype(value: Any, t: TensorType, where: str) -> None:
-    if t.dtype in (value.dtype, types.runtime_dtype(value.dtype)):
+    if t.dtype in (value.dtype, inference.runtime_dtype(value.dtype)):
         return
-    if types.runtime_dtype(t.dtype) == value.dtype:
+    if inference.runtime_dtype(t.dtype) == value.dtype:
         return
     raise FederatedTypeError(
         f"{where}: expected {t}, got an array of {value.dtype}; convert it with astype."
@@ -134,7 +134,7 @@ def leaves_of(value: Any, t: Type, where: str) -> list[Any]:
 
 def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
     if isinstance(value, Sequence):
-        check_runtime(t, types.infer_type(value), where)
+        check_runtime(t, inference.infer_type(value), where)
         return value
     if not isinstance(value, list | tuple | np.ndarray | jax.Array):
         raise FederatedTypeError(
@@ -148,7 +148,7 @@ def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
 
 
 def _stack_rows(rows: list[Any], t: SequenceType, capacity: int) -> Sequence:
-    blank = types.template(t.element)
+    blank = inference.template(t.element)
     padding = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), blank)] * (capacity - len(rows))
     elements = jax.tree.map(lambda *leaves: np.stack(leaves), *rows, *padding)
     return Sequence(elements, cast(Any, np.int32(0)), cast(Any, np.int32(len(rows))), capacity)
@@ -186,7 +186,7 @@ def to_clients(value: Any, t: FederatedType, where: str) -> Any:
 def stack_members(members: list[Any], t: Type) -> Any:
     """Stacks members' values along a new leading clients axis, padding sequences alike."""
     if not members:
-        blank = types.template(t)
+        blank = inference.template(t)
         return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), blank)
     is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731 - used twice, as a leaf predicate
     return jax.tree.map(
@@ -239,14 +239,14 @@ def check_federated(value: Federated, t: FederatedType, where: str) -> None:
 
 def check_runtime(t: Type, given: Type, where: str) -> None:
     """Raises unless arrays of type `given` may be used as `t`, 64 bits as arrays have them."""
-    types.runtime_type(t).check_assignable_from(types.runtime_type(given), where)
+    inference.runtime_type(t).check_assignable_from(inference.runtime_type(given), where)
 
 
 def type_of_federated(value: Federated) -> FederatedType:
     """The type of a concrete federated value, without the clients axis."""
     if value.placement is CLIENTS and not value.all_equal:
         return FederatedType(_member_type(value.value), CLIENTS, False)
-    return FederatedType(types.infer_type(value.value), value.placement, value.all_equal)
+    return FederatedType(inference.infer_type(value.value), value.placement, value.all_equal)
 
 
 def _member_type(stacked: Any) -> Type:
@@ -260,7 +260,7 @@ def _member_type(stacked: Any) -> Type:
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
     is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
-    return types.infer_type(jax.tree.map(member, stacked, is_leaf=is_sequence))
+    return inference.infer_type(jax.tree.map(member, stacked, is_leaf=is_sequence))
 
 
 def num_clients_of(value: Federated) -> int | None:

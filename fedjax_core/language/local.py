@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.feeding import check_runtime, to_member
 from fedjax_core.language.types import FunctionType, StructType, Type
 
@@ -64,7 +64,7 @@ class Local:
         return jax.tree.unflatten(traced.out_tree, leaves)
 
     def _specialise(self, args: tuple[Any, ...]) -> Traced:
-        given = tuple(types.infer_type(arg) for arg in args)
+        given = tuple(inference.infer_type(arg) for arg in args)
         for position, (expected, got) in enumerate(zip(self.parameters, given, strict=True)):
             check_runtime(expected, got, f"argument {position} of `{self.name}`")
         traced, result = _trace(self.function, args, self.name)
@@ -100,7 +100,7 @@ def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local
             f"{what}: expected a function or a jax_computation, got {function!r}."
         )
     name = name_of(function)
-    args = tuple(types.template(t, NOMINAL_CAPACITY) for t in parameters)
+    args = tuple(inference.template(t, NOMINAL_CAPACITY) for t in parameters)
     traced, result = _trace(function, args, name)
     traces = {_shapes_key(args): traced}
     return Local(function, name, parameters, result, traces, threading.Lock())
@@ -124,7 +124,7 @@ def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tu
         raise FederatedTypeError(
             f"`{name}` returned None: expected a pytree of arrays; add a return."
         )
-    return Traced(jaxpr, jax.tree.structure(shapes)), types.infer_type(shapes)
+    return Traced(jaxpr, jax.tree.structure(shapes)), inference.infer_type(shapes)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

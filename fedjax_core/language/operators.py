@@ -12,171 +12,46 @@ They are used in the body of a federated computation and append one or a few ope
 program.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.bits import BitCount
-from fedjax_core.errors import FederatedTypeError, PlacementError
-from fedjax_core.language import types
-from fedjax_core.language.feeding import to_member
-from fedjax_core.language.local import JaxComputation, name_of, trace_local
-from fedjax_core.language.placements import CLIENTS, SERVER, Placement
-from fedjax_core.language.program import (
-    Aggregate,
-    Broadcast,
-    Codec,
-    Constant,
-    Count,
-    Map,
-    Sum,
-    type_bits,
-)
-from fedjax_core.language.tracing import (
-    Value,
-    current_builder,
-    location,
-    position_of,
-    zip_values,
-)
+from fedjax_core.errors import FederatedTypeError
+from fedjax_core.language import inference
+from fedjax_core.language.local import JaxComputation, trace_local
+from fedjax_core.language.mapping import federated_map as federated_map
+from fedjax_core.language.mapping import federated_type_of, placed, presence
+from fedjax_core.language.mapping import federated_value as federated_value
+from fedjax_core.language.mapping import federated_zip as federated_zip
+from fedjax_core.language.messages import EdgeCodec, broadcast_encoded, sum_encoded
+from fedjax_core.language.placements import CLIENTS, SERVER
+from fedjax_core.language.program import Aggregate, Broadcast, Count, Sum, type_bits
+from fedjax_core.language.tracing import Value, current_builder, location, position_of
 from fedjax_core.language.types import FederatedType, TensorType, Type
 
 
-class Received(NamedTuple):
-    """What a sum of encoded messages gives at the server."""
-
-    total: Any
-    count: Any
-    bits: Any
-    stats: Any
-
-
-def federated_value(value: Any, placement: Placement) -> Value:
-    """A constant at a placement: `T -> T@P`, the same at all members.
-
-    Args:
-      value: a pytree of numbers or arrays.
-      placement: `CLIENTS` or `SERVER`.
-
-    Raises:
-      FederatedTypeError: if `value` is placed already.
-    """
-    builder = current_builder("federated_value")
-    if any(isinstance(leaf, Value) for leaf in jax.tree.leaves(value)):
-        raise FederatedTypeError(f"federated_value: expected an unplaced constant, got {value!r}.")
-    member = types.infer_type(value)
-    t = FederatedType(member, placement, all_equal=True)
-    constant = to_member(value, member, "federated_value")
-    return builder.add(Constant(type=t, value=constant, location=location()))
-
-
-def federated_zip(values: Any) -> Value:
-    """Makes one placed struct of values at one placement: `<{T}@P,{U}@P> -> {<T,U>}@P`."""
-    return zip_values(values, "federated_zip")
-
-
-def federated_map(function: Any, arg: Any, *more: Any) -> Value:
-    """Applies a local computation to each member: `<(T -> U),{T}@P> -> {U}@P`.
-
-    Args:
-      function: a `jax_computation` or any JAX function; traced once for the types it meets.
-      arg: a placed value, or a struct of values at one placement. A tuple or list of values is
-        spread over the parameters of a function that has as many.
-      *more: further arguments, for functions of several.
-
-    Returns:
-      The results, where the arguments are: `{U}@CLIENTS` or `U@SERVER`.
-
-    Raises:
-      FederatedTypeError: naming the function and the argument whose type does not fit.
-    """
-    builder = current_builder("federated_map")
-    args = _spread(function, arg) if not more else (arg, *more)
-    what = f"federated_map of `{name_of(getattr(function, 'function', function))}`"
-    values = tuple(zip_values(value, what) for value in args)
-    placement = _common_placement(values, what)
-    members = tuple(_federated(value, what).member for value in values)
-    inputs = tuple(position_of(value, builder, what) for value in values)
-
-    def make() -> Map:
-        local = trace_local(function, members, what)
-        t = FederatedType(local.result, placement)
-        return Map(type=t, inputs=inputs, local=local, location=location())
-
-    return builder.add_once(("map", function, inputs), make)
-
-
-def _spread(function: Any, arg: Any) -> tuple[Any, ...]:
-    """The positional arguments that a single argument of `federated_map` stands for."""
-    count = _num_parameters(function)
-    if isinstance(arg, tuple | list) and not hasattr(arg, "_fields") and count == len(arg) > 1:
-        return tuple(arg)
-    if isinstance(arg, Value) and count is not None and count > 1:
-        return tuple(arg)
-    return (arg,)
-
-
-def _num_parameters(function: Any) -> int | None:
-    if isinstance(function, JaxComputation):
-        return len(function.parameters)
-    if isinstance(getattr(function, "nin", None), int):  # jnp.add and its kin
-        return function.nin
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    required = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(required)
-
-
-def _federated(value: Value, what: str) -> FederatedType:
-    if not isinstance(value.type_signature, FederatedType):
-        raise PlacementError(
-            f"{what}: expected a placed value, got one of type {value.type_signature}."
-        )
-    return value.type_signature
-
-
-def _common_placement(values: tuple[Value, ...], what: str) -> Placement:
-    placements = {_federated(value, what).placement for value in values}
-    if len(placements) > 1:
-        raise PlacementError(
-            f"{what}: expected all arguments at one placement, got "
-            f"{[str(value.type_signature) for value in values]}; broadcast the server's first."
-        )
-    return placements.pop()
-
-
-def _placed(value: Any, placement: Placement, what: str) -> Value:
-    value = zip_values(value, what)
-    t = _federated(value, what)
-    if t.placement is not placement:
-        remedy = "aggregate it first" if placement is SERVER else "broadcast it first"
-        raise PlacementError(f"{what}: expected a value at {placement}, got {t}; {remedy}.")
-    return value
-
-
-def federated_broadcast(value: Any, *, name: str = "value") -> Value:
+def federated_broadcast(
+    value: Any, *, codec: EdgeCodec | None = None, name: str = "value"
+) -> Value:
     """Sends the server's value to all clients: `T@SERVER -> T@CLIENTS`.
 
     Args:
       value: at the server.
+      codec: encodes the value; each client decodes it. One that needs keys or state goes through
+        `compression.downlink`. None sends the raw value.
       name: of the edge, for the analysis and the ledger of bits.
 
     Raises:
       PlacementError: if the value is not at the server.
+      CodecError: if the codec needs more than the value.
     """
-    value = _placed(value, SERVER, "federated_broadcast")
+    if codec is not None:
+        return broadcast_encoded(codec, value, name)
+    value = placed(value, SERVER, "federated_broadcast")
     builder = current_builder("federated_broadcast")
-    member = _federated(value, name).member
+    member = federated_type_of(value, name).member
     type_bits(member)  # refuses what has no size
     t = FederatedType(member, CLIENTS, all_equal=True)
     inputs = (position_of(value, builder, "federated_broadcast"),)
@@ -186,82 +61,40 @@ def federated_broadcast(value: Any, *, name: str = "value") -> Value:
     )
 
 
-def broadcast_message(
-    message: Value,
+def federated_sum(
+    value: Any,
     *,
-    codec: str,
-    receive: Callable[..., Any],
-    bits: Callable[[Any], BitCount],
-    context: tuple[Value, ...] = (),
+    codec: EdgeCodec | None = None,
+    present: Value | None = None,
     name: str = "value",
 ) -> Value:
-    """Sends an encoded message to all clients, each of which decodes it.
-
-    Args:
-      message: at the server, already encoded.
-      codec: the codec's name.
-      receive: `(*context, message) -> value`, run at each client.
-      bits: `(message) -> BitCount`.
-      context: values at the clients that decoding needs and that they hold already.
-      name: of the edge.
-    """
-    what = "broadcast_message"
-    builder = current_builder(what)
-    message = _placed(message, SERVER, what)
-    context = tuple(_placed(value, CLIENTS, what) for value in context)
-    edge = _edge_codec(codec, lambda *args: (receive(*args), ()), bits, context, message)
-    member = _first_field(edge.receive.result)
-    t = FederatedType(
-        member, CLIENTS, all_equal=all(_federated(c, what).all_equal for c in context)
-    )
-    inputs = tuple(position_of(value, builder, what) for value in (message, *context))
-    return builder.add(
-        Broadcast(type=t, inputs=inputs, label=name, codec=edge, location=location())
-    )
-
-
-def _first_field(t: Type) -> Type:
-    return next(iter(t.children()))
-
-
-def _edge_codec(
-    name: str,
-    receive: Callable[..., Any],
-    bits: Callable[[Any], BitCount],
-    context: tuple[Value, ...],
-    message: Value,
-) -> Codec:
-    members = tuple(_federated(value, name).member for value in (*context, message))
-    return Codec(
-        name=name,
-        receive=trace_local(receive, members, f"the decoder of {name}"),
-        bits=trace_local(bits, members[-1:], f"the bit count of {name}"),
-    )
-
-
-def federated_sum(value: Any, *, present: Value | None = None, name: str = "value") -> Value:
     """Sums the clients' values: `{T}@CLIENTS -> T@SERVER`; zero if there are none.
 
     Small dtypes are accumulated in 32 bits, and the result has the value's dtype again.
 
     Args:
       value: numbers or structs of them, at the clients.
+      codec: encodes each client's value; the server sums what it decodes. One that needs keys,
+        state or memory goes through `compression.uplink`. None sends raw values.
       present: bool at the clients; one that is False sends nothing and counts for nothing.
       name: of the edge.
 
     Raises:
       PlacementError: if the value is not at the clients.
       FederatedTypeError: if it cannot be summed (booleans, keys, sequences).
+      CodecError: if the codec needs more than the value.
     """
-    value = _placed(value, CLIENTS, "federated_sum")
-    member = _federated(value, name).member
-    if not types.is_sum_compatible(member):
+    if codec is not None:
+        return sum_encoded(codec, value, present, name)
+    value = placed(value, CLIENTS, "federated_sum")
+    member = federated_type_of(value, name).member
+    if not inference.is_sum_compatible(member):
         raise FederatedTypeError(
             f"federated_sum: expected numbers of fixed shape, got {value.type_signature}; convert "
             "them, for example with astype, in federated_map."
         )
     builder = current_builder("federated_sum")
-    inputs = (value, *_presence(present, "federated_sum"))
+    inputs = (value, *presence(present, "federated_sum"))
     return builder.add(
         Sum(
             type=FederatedType(member, SERVER),
@@ -273,71 +106,11 @@ def federated_sum(value: Any, *, present: Value | None = None, name: str = "valu
     )
 
 
-def _presence(present: Value | None, what: str) -> tuple[Value, ...]:
-    if present is None:
-        return ()
-    present = _placed(present, CLIENTS, what)
-    if _federated(present, what).member != TensorType(np.bool_):
-        raise FederatedTypeError(
-            f"{what}: expected `present` of type {{bool}}@CLIENTS, got {present.type_signature}."
-        )
-    return (present,)
-
-
-def sum_messages(
-    message: Value,
-    *,
-    codec: str,
-    receive: Callable[..., Any],
-    bits: Callable[[Any], BitCount],
-    context: tuple[Value, ...] = (),
-    present: Value | None = None,
-    name: str = "value",
-) -> Value:
-    """Sums what the server decodes from the clients' encoded messages.
-
-    Args:
-      message: at the clients, already encoded.
-      codec: the codec's name.
-      receive: `(*context, message) -> (value, stats)`, run by the server on each message.
-      bits: `(message) -> BitCount`.
-      context: values at the clients that the server knows too (hints, keys derived from ids).
-      present: bool at the clients; one that is False sends nothing.
-      name: of the edge.
-
-    Returns:
-      `Received(total, count, bits, stats)` at the server.
-    """
-    what = "sum_messages"
-    builder = current_builder(what)
-    message = _placed(message, CLIENTS, what)
-    context = tuple(_placed(value, CLIENTS, what) for value in context)
-    edge = _edge_codec(codec, receive, bits, context, message)
-    value_type, stats_type = edge.receive.result.children()
-    if not types.is_sum_compatible(value_type):
-        raise FederatedTypeError(
-            f"{what}: expected messages that decode to numbers, got {value_type}."
-        )
-    word: Any = TensorType(np.uint32)
-    received = types.to_type(Received(value_type, np.int32, BitCount(word, word), stats_type))
-    inputs = (message, *context, *_presence(present, what))
-    return builder.add(
-        Sum(
-            type=FederatedType(received, SERVER),
-            inputs=tuple(position_of(value, builder, what) for value in inputs),
-            label=name,
-            codec=edge,
-            has_presence=present is not None,
-            location=location(),
-        )
-    )
-
-
 def federated_count(present: Value | None = None) -> Value:
     """The number of clients, or of those present: `{bool}@CLIENTS -> int32@SERVER`, at no cost."""
     builder = current_builder("federated_count")
     inputs = tuple(
-        position_of(v, builder, "federated_count") for v in _presence(present, "federated_count")
+        position_of(v, builder, "federated_count") for v in presence(present, "federated_count")
     )
     t = FederatedType(TensorType(np.int32), SERVER)
     return builder.add_once(
@@ -349,6 +122,7 @@ def federated_mean(
     value: Any,
     weight: Any = None,
     *,
+    codec: EdgeCodec | None = None,
     present: Value | None = None,
     name: str = "value",
 ) -> Value:
@@ -360,6 +134,7 @@ def federated_mean(
     Args:
       value: floating-point numbers or structs of them, at the clients.
       weight: one scalar a client, for the whole struct; 1 for each if not given.
+      codec: on the edge of the (weighted) value, see `federated_sum`.
       present: bool at the clients; one that is False sends nothing and counts for nothing.
       name: of the edge that carries the value; the weights travel on one called `weight`.
 
@@ -367,29 +142,29 @@ def federated_mean(
       FederatedTypeError: for values that are no floating-point numbers, or a weight that is no
         scalar.
     """
-    value = _placed(value, CLIENTS, "federated_mean")
-    member = _federated(value, name).member
-    if not types.is_average_compatible(member):
+    value = placed(value, CLIENTS, "federated_mean")
+    member = federated_type_of(value, name).member
+    if not inference.is_average_compatible(member):
         raise FederatedTypeError(
             f"federated_mean: expected floating-point numbers, got {value.type_signature}; convert "
             "them in federated_map."
         )
     if weight is None:
-        total = federated_sum(value, present=present, name=name)
+        total = federated_sum(value, codec=codec, present=present, name=name)
         return federated_map(divide, total, federated_count(present))
     weight = _scalar_weight(weight)
     weighted = federated_map(multiply, value, weight)
-    total = federated_sum(weighted, present=present, name=name)
+    total = federated_sum(weighted, codec=codec, present=present, name=name)
     return federated_map(divide, total, federated_sum(weight, present=present, name="weight"))
 
 
 def _scalar_weight(weight: Any) -> Value:
-    weight = _placed(weight, CLIENTS, "federated_mean")
-    member = _federated(weight, "federated_mean").member
+    weight = placed(weight, CLIENTS, "federated_mean")
+    member = federated_type_of(weight, "federated_mean").member
     if (
         not isinstance(member, TensorType)
         or member.shape != ()
-        or not types.is_sum_compatible(member)
+        or not inference.is_sum_compatible(member)
         or jnp.issubdtype(member.dtype, jnp.complexfloating)
     ):
         raise FederatedTypeError(
@@ -448,11 +223,11 @@ def federated_aggregate(
       FederatedTypeError: where the types of the parts do not fit together.
     """
     what = "federated_aggregate"
-    value = _placed(value, CLIENTS, what)
-    member = _federated(value, what).member
+    value = placed(value, CLIENTS, what)
+    member = federated_type_of(value, what).member
     type_bits(member)  # refuses what has no size
     start = federated_value(zero, SERVER)
-    state = _federated(start, what).member
+    state = federated_type_of(start, what).member
     _check_zero(state, accumulate)
     accumulator = trace_local(accumulate, (state, member), f"{what}: accumulate")
     merger = trace_local(merge, (state, state), f"{what}: merge")

@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.language import types
+from fedjax_core.language import inference
 from fedjax_core.language.feeding import leaves_of
 from fedjax_core.language.local import Local
 from fedjax_core.language.placements import CLIENTS, SERVER
@@ -221,7 +221,7 @@ def type_bits(t: Type) -> int:
     if isinstance(t, StructType):
         return sum(type_bits(child) for child in t.children())
     if isinstance(t, TensorType) and t.shape is not None and None not in t.shape:
-        leaf = types.template(t)
+        leaf = inference.template(t)
         return 8 * leaf.dtype.itemsize * leaf.size
     raise FederatedTypeError(
         f"Expected a type of fixed size on an edge, got {t}; reduce the sequence at the client "

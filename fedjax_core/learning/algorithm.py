@@ -22,7 +22,7 @@ from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 from fedjax_core.execution.computation import Computation, federated_computation
 from fedjax_core.execution.config import Execution
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.tracing import Value
 from fedjax_core.language.types import FederatedType, SequenceType, TensorType
@@ -100,14 +100,15 @@ def federated_learning(
     _check_parts(model, aggregator, broadcast_codec)
     init = _initializer(model, client_work, aggregator, server_optimizer)
     parts = Parts(model, client_work, aggregator, server_optimizer, broadcast_codec)
-    state_type = types.infer_type(jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0))))
+    some_key = jax.eval_shape(lambda: jax.random.key(0))
+    state_type = inference.infer_type(jax.eval_shape(init, some_key))
     computations = _ComputationCache(parts, FederatedType(state_type, SERVER))
     own = computations.for_element(types.to_type(dict(model.input_spec)))
 
     def run(state: State, cohort: Cohort) -> tuple[State, Metrics]:
         examples = cohort.sequence()
         computation = computations.for_element(
-            cast(SequenceType, types.infer_type(examples)).element
+            cast(SequenceType, inference.infer_type(examples)).element
         )
         lowered = computation.lower(execution)
         args = (

@@ -8,7 +8,7 @@ file: `load` is given a tree of the same structure, and every leaf is checked ag
 
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             f"expected a file that `save` wrote, got {path} ({error.strerror}); check the path."
         ) from error
     _check_header(path, header, hashlib.sha256(body).hexdigest())
-    return serialization.msgpack_restore(body)
+    return cast(dict[str, Any], serialization.msgpack_restore(body))
 
 
 def _check_header(path: pathlib.Path, header: bytes, digest: str) -> None:

@@ -18,14 +18,14 @@ from fedjax_core.aggregators.base import Aggregator, is_present
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec
 from fedjax_core.compression.edges import PlacedKeys, downlink
-from fedjax_core.language import types
+from fedjax_core.language import inference
+from fedjax_core.language.messages import sum_messages
 from fedjax_core.language.operators import (
     federated_broadcast,
     federated_map,
     federated_mean,
     federated_sum,
     federated_value,
-    sum_messages,
 )
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.tracing import Value
@@ -152,14 +152,14 @@ def _send_params(codec: Codec | None, keys: PlacedKeys, params: Value) -> Value:
 def _send(value: Value, name: str) -> Value:
     """Broadcasts `value`, or nothing at all if there is nothing in it."""
     t = value.type_signature
-    if isinstance(t, FederatedType) and types.is_empty(t):
-        return federated_value(types.template(t.member), CLIENTS)
+    if isinstance(t, FederatedType) and inference.is_empty(t):
+        return federated_value(inference.template(t.member), CLIENTS)
     return federated_broadcast(value, name=name)
 
 
 def _finish_work(client_work: ClientWork, server: Value, output: Value) -> Value:
     """Gives the mean of what the clients sent beside their updates to the client work."""
-    if types.is_empty(output.extra.type_signature):
+    if inference.is_empty(output.extra.type_signature):
         return server
     mean = federated_mean(output.extra, present=is_present(output.weight), name="extra")
     return federated_map(client_work.finish, server, mean)

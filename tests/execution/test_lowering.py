@@ -1,17 +1,14 @@
 """The lowered functions: accumulation, padding, edge sizes, compilations, threads, transforms."""
 
-import concurrent.futures
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import fedjax_core as fc
 from fedjax_core.compression.edges import PlacedKeys, downlink, uplink
 from fedjax_core.errors import ArgumentError, FederatedTypeError
-from fedjax_core.language.operators import broadcast_message
+from fedjax_core.language.messages import broadcast_message
 
 F32 = fc.FederatedType(np.float32, fc.CLIENTS)
 BOOL = fc.FederatedType(np.bool_, fc.CLIENTS)
@@ -23,7 +20,6 @@ MODES = [
     *(fc.Execution(mode="streamed", lanes=lanes) for lanes in (1, 2, 5)),
 ]
 each_mode = pytest.mark.parametrize("execution", MODES, ids=lambda e: f"{e.mode}-{e.lanes}")
-compiled_mode = pytest.mark.parametrize("execution", MODES[1:], ids=lambda e: f"{e.mode}-{e.lanes}")
 
 
 def clients(value):
@@ -267,248 +263,6 @@ def test_folds_keep_the_containers_of_their_zero():
         )
 
     assert float(count_and_sum([1.0, 2.0, 6.0])) == 3.0
-
-
-def test_a_local_function_runs_exactly_once():
-    """At the definition of the program; no way to run it calls the Python function again."""
-    calls = []
-
-    def square(x):
-        calls.append(x)
-        return x * x
-
-    @fc.federated_computation(F32)
-    def total(x):
-        again = fc.federated_map(square, x)
-        return fc.federated_sum(fc.federated_map(square, x)), fc.federated_mean(again)
-
-    assert len(calls) == 1
-    for num_clients in (1, 3):
-        for execution in MODES:
-            run(total, execution, clients(np.ones(num_clients, np.float32)))
-    total([1.0, 2.0])
-    assert len(calls) == 1
-
-
-def test_a_local_function_of_sequences_runs_once_for_each_capacity():
-    calls = []
-
-    def add(rows):
-        calls.append(rows.capacity)
-        return rows.reduce(0.0, jnp.add)
-
-    rows = fc.FederatedType(fc.SequenceType(np.float32), fc.CLIENTS)
-    total = fc.federated_computation(
-        lambda rows: fc.federated_sum(fc.federated_map(add, rows)), rows
-    )
-    assert calls == [2]
-    for cohort in ([[1.0, 2.0, 3.0]], [[1.0], [1.0, 2.0, 3.0, 4.0]], [[0.0] * 5], [[0.0] * 8]):
-        assert float(total(cohort)) == np.sum(np.concatenate(cohort))
-    assert calls == [2, 4, 8]
-
-
-def count_compilations(function):
-    """How many programs XLA compiled while `function` ran."""
-    names = []
-    listener = lambda name, _, **__: names.append(name)  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        function()
-    finally:
-        jax.monitoring.clear_event_listeners()
-    return sum("backend_compile" in name for name in names)
-
-
-def test_cohorts_of_one_shape_compile_once():
-    """Called with lists, other values of the same shapes use the compiled program."""
-    rows = fc.FederatedType(fc.SequenceType(np.float32), fc.CLIENTS)
-
-    @fc.federated_computation(rows, F32)
-    def total(rows, x):
-        sums = fc.federated_map(lambda rows, x: rows.reduce(x, jnp.add), rows, x)
-        return fc.federated_sum(sums)
-
-    def cohort(seed):
-        values = np.random.default_rng(seed).random((3, 4)).astype(np.float32)
-        lengths = [2 + seed % 3, 4, 1]  # all within the same bucket of capacities
-        return float(total([list(v[:n]) for v, n in zip(values, lengths, strict=True)], [0.0] * 3))
-
-    assert count_compilations(lambda: cohort(0)) > 0
-    assert count_compilations(lambda: [cohort(seed) for seed in (1, 2, 3)]) == 0
-
-
-def test_the_reference_compiles_a_local_function_once():
-    """Client by client, but not a compilation for each of them."""
-
-    @fc.federated_computation(F32)
-    def total(x):
-        return fc.federated_sum(fc.federated_map(lambda x: jnp.sin(x) * 3, x))
-
-    def cohort(num_clients):
-        run(total, MODES[0], clients(np.ones(num_clients, np.float32)))
-
-    cohort(2)
-    assert count_compilations(lambda: cohort(2)) == 0
-
-
-def test_jax_computations_compile_once():
-    double = fc.jax_computation(lambda x: x * 2, np.float32)
-    double(1.0)
-    assert count_compilations(lambda: [double(float(i)) for i in range(5)]) == 0
-
-
-def test_threads_do_not_disturb_each_other():
-    """J-57, J-63: four threads define and run programs of different sizes at once."""
-
-    def work(seed):
-        num_clients = 1 + seed % 5
-        values = np.arange(num_clients, dtype=np.float32) + seed
-        kept = fc.federated_computation(
-            lambda x: fc.federated_mean(
-                fc.federated_map(lambda x: (x > seed).astype(jnp.float32), x)
-            ),
-            F32,
-        )
-        lanes = fc.Execution(lanes=1 + seed % 3)
-        streamed = jax.jit(kept.lower(lanes))(clients(values))[0].value
-        expected = np.mean(values > seed)
-        return float(kept(list(map(float, values)))) == float(streamed) == np.float32(expected)
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, range(24)))
-
-
-def test_threads_share_one_computation():
-    """The same computation, called from four threads with other cohort sizes."""
-
-    def work(num_clients):
-        return float(mean([float(i) for i in range(num_clients)])) == (num_clients - 1) / 2
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(work, [1, 2, 3, 4, 2, 3] * 4))
-
-
-@compiled_mode
-def test_grad_through_a_lowered_computation(execution):
-    """J-55 with other numbers: d/ds of mean((s x)^2) = 2 s mean(x^2)."""
-
-    @fc.federated_computation(F32, fc.FederatedType(np.float32, fc.SERVER))
-    def loss(x, s):
-        scaled = fc.federated_map(jnp.multiply, x, fc.federated_broadcast(s))
-        return fc.federated_mean(fc.federated_map(jnp.square, scaled))
-
-    lowered = loss.lower(execution)
-    x = np.float32([1, 2, 4])
-
-    def value(x, s):
-        return lowered(clients(x), fc.Federated(s, fc.SERVER))[0].value
-
-    by_x, by_s = jax.jit(jax.grad(value, argnums=(0, 1)))(x, jnp.float32(3))
-    np.testing.assert_allclose(by_s, 2 * 3 * 7.0, rtol=1e-6)
-    np.testing.assert_allclose(by_x, 2 * 9 * x / 3, rtol=1e-6)
-    forward = jax.jacfwd(value, argnums=1)(x, jnp.float32(3))
-    np.testing.assert_allclose(forward, by_s, rtol=1e-6)
-
-
-def test_gradients_of_a_mean_by_its_weights_are_finite():
-    """J-03: no NaN in gradients where the weights are zero."""
-    lowered = weighted_mean.lower()
-
-    def value(x, w):
-        return lowered(clients(x), clients(w))[0].value
-
-    gradient = jax.grad(value, argnums=(0, 1))
-    by_x, by_w = gradient(jnp.float32([1, 2]), jnp.zeros(2))
-    assert np.isfinite(by_x).all()
-    assert np.isfinite(by_w).all()
-    by_x, by_w = gradient(jnp.float32([1, 2]), jnp.float32([1, 3]))
-    np.testing.assert_allclose(by_x, [0.25, 0.75], rtol=1e-6)
-    np.testing.assert_allclose(by_w, [(1 - 1.75) / 4, (2 - 1.75) / 4], rtol=1e-6)
-
-
-def test_broadcast_to_many_clients_has_ones_as_jacobian():
-    """J-53: broadcast 1.0 to 100 clients."""
-
-    @fc.federated_computation(fc.FederatedType(np.float32, fc.SERVER))
-    def spread(s):
-        return fc.federated_map(lambda s: s + 0, fc.federated_broadcast(s))
-
-    def value(s):
-        return spread.lower()(fc.Federated(s, fc.SERVER), num_clients=100)[0].value
-
-    assert value(jnp.float32(1)).tolist() == [1] * 100
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        assert jacobian(value)(jnp.float32(1)).tolist() == [1] * 100
-
-
-def test_one_step_of_fed_avg_differentiates_through_the_learning_rate():
-    """J-59: w=0, data [1,2,3], lr .5, loss (w - x)^2 / 2 x 2: w -> 1.0, d/dlr 2.0, d/dw .5."""
-    scalar = fc.FederatedType(np.float32, fc.SERVER)
-
-    @fc.federated_computation(F32, scalar, scalar)
-    def train(x, w, rate):
-        def local(x, w, rate):
-            return w - rate * jax.grad(lambda w: 0.5 * (w - x) ** 2)(w)
-
-        at_clients = fc.federated_broadcast(w), fc.federated_broadcast(rate)
-        return fc.federated_mean(fc.federated_map(local, x, *at_clients))
-
-    def value(w, rate):
-        placed = (fc.Federated(v, fc.SERVER) for v in (w, rate))
-        return train.lower()(clients(np.float32([1, 2, 3])), *placed)[0].value
-
-    new, (by_w, by_rate) = jax.value_and_grad(value, argnums=(0, 1))(
-        jnp.float32(0), jnp.float32(0.5)
-    )
-    np.testing.assert_allclose([new, by_rate, by_w], [1.0, 2.0, 0.5], rtol=1e-6)
-
-
-@compiled_mode
-def test_vmap_over_whole_cohorts(execution):
-    """Several cohorts of one size at once, and their bits."""
-    lowered = mean.lower(execution)
-    cohorts = np.arange(12, dtype=np.float32).reshape(4, 3)
-    result, ledger = jax.vmap(lambda x: lowered(clients(x)))(cohorts)
-    assert result.value.tolist() == cohorts.mean(axis=1).tolist()
-    assert ledger[0].low.tolist() == [96] * 4
-
-
-@compiled_mode
-def test_scan_over_rounds(execution):
-    """A whole training loop is one scan: w moves halfway to the mean each round."""
-
-    @fc.federated_computation(F32, fc.FederatedType(np.float32, fc.SERVER))
-    def round_of(x, w):
-        average = fc.federated_mean(x)
-        return fc.federated_map(lambda m, w: (m + w) / 2, average, w)
-
-    lowered = round_of.lower(execution)
-
-    def step(w, x):
-        result, ledger = lowered(clients(x), fc.Federated(w, fc.SERVER))
-        return result.value, ledger[0]
-
-    cohorts = np.full((5, 3), 8, np.float32)
-    w, bits = jax.jit(lambda w: lax.scan(step, w, cohorts))(jnp.float32(0))
-    assert float(w) == 8 * (1 - 2**-5)
-    assert int(bits.sum()) == 5 * 96
-
-
-def test_valid_may_be_traced():
-    """One compiled program serves every mask, and other kinds of truth values."""
-    traces = []
-
-    @jax.jit
-    def value(x, valid):
-        traces.append(1)
-        return mean.lower(fc.Execution(lanes=2))(clients(x), valid=valid)
-
-    x = np.float32([1, 2, 3])
-    for valid in ([1, 0, 1], [0, 1, 0]):
-        result, ledger = value(x, np.array(valid))
-        assert float(result.value) == 2
-        assert int(ledger[0]) == 32 * sum(valid)
-    assert len(traces) == 1
 
 
 @each_mode

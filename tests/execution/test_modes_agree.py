@@ -135,6 +135,13 @@ class Drawn:
         weight = self.pick([None, self.args.weight, self.args.count])
         self.keep(fc.federated_mean(self.pick(self.clients), weight, present=self.presence()))
 
+    def centre(self) -> None:
+        """A whole round trip: what a client had before meets what came back."""
+        x = self.pick(self.clients)
+        self.keep(fc.federated_mean(x, present=self.presence()))
+        average = fc.federated_broadcast(self.server[-1])
+        self.clients.append(fc.federated_map(lambda x, m: to_grid(x - m), x, average))
+
     def count(self) -> None:
         self.results.append(fc.federated_count(self.presence()))
 
@@ -174,6 +181,7 @@ class Drawn:
             self.sum,
             self.sum_struct,
             self.mean,
+            self.centre,
             self.count,
             self.aggregate,
             self.send_up,
@@ -241,7 +249,7 @@ def has_clients_axis(value: fc.Federated) -> bool:
 
 
 # Without shrinking, which would compile programs for minutes: a failing program is printed whole.
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(data=st.data())
 def test_all_ways_to_run_a_program_agree(data):
     """Stacked and streamed, with any number of lanes, equal the reference interpreter."""
