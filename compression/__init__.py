@@ -13,9 +13,12 @@ else:
     from fedjax_core.compression.base import Keys as Keys
     from fedjax_core.compression.base import Message as Message
     from fedjax_core.compression.base import Report as Report
+    from fedjax_core.compression.base import Survivors as Survivors
     from fedjax_core.compression.base import Traits as Traits
     from fedjax_core.compression.base import from_bytes as from_bytes
     from fedjax_core.compression.base import identity as identity
+    from fedjax_core.compression.base import keep_total as keep_total
+    from fedjax_core.compression.base import stateless as stateless
     from fedjax_core.compression.base import to_bytes as to_bytes
     from fedjax_core.compression.chain import chain as chain
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
@@ -23,3 +26,5 @@ else:
     from fedjax_core.compression.edges import uplink as uplink
     from fedjax_core.compression.sparse import top_k as top_k
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize
+    from fedjax_core.compression.wire import Positions as Positions
+    from fedjax_core.compression.wire import Symbols as Symbols

@@ -92,6 +92,7 @@ def uplink(
         name=name,
     )
     server, total = federated_map(finish, keys.server, server, received)
+    _check_decoded(codec, value, total)
     return server, _kept(present, new_memory, memory), total
 
 
@@ -147,7 +148,7 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
         return codec.finish(key, (), summand, report)[1]
 
     message = federated_map(encode, keys.server, value)
-    return broadcast_message(
+    decoded = broadcast_message(
         message,
         codec=codec.name,
         receive=receive,
@@ -155,6 +156,15 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
         context=(keys.shared,),
         name=name,
     )
+    _check_decoded(codec, value, decoded)
+    return decoded
+
+
+def _check_decoded(codec: Codec, value: Value, decoded: Value) -> None:
+    """Raises unless what comes out of a codec has the type of what went in."""
+    expected, got = (cast(types.FederatedType, x.type_signature).member for x in (value, decoded))
+    what = f"codec {codec.name}, whose decode and finish have to give back what encode was given"
+    inference.check_same(expected, got, what)
 
 
 def _spec(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -6,6 +6,8 @@ import json
 import pathlib
 import re
 
+import fedjax_core as fc
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +29,7 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(block, "README.md", "exec"), namespace)
         printed.append(out.getvalue())
-    train, edges, temperature, attacked = printed
+    train, edges, temperature, attacked, signs = printed
     assert len(train.splitlines()) == 4
     shown = [line.split("  <")[0].rstrip() for line in edges.strip().splitlines()]
     assert shown == [
@@ -36,6 +38,9 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     assert temperature.splitlines()[0] == "({float32}@CLIENTS -> float32@SERVER)"
     assert temperature.splitlines()[1].startswith("69.5333")
     assert attacked.strip() == "[-0.6 -0.8]"
+    # One bit for each parameter, tensors aligned to bytes, 8 scales, and weight and metrics.
+    bits = sum(8 * -(-n // 8) for n in (800, 32, 51_200, 64, 1_605_632, 512, 5_120, 10))
+    assert signs.strip() == fc.format_bits(10 * (bits + 8 * 32 + 32 + 200)) == "15.87Mibit"
 
 
 def test_table_of_the_readme_is_that_of_the_benchmark():

@@ -1,7 +1,9 @@
 """Norms that wrappers compare with: fixed, or estimated from the clients' own norms."""
 
 import math
+import sys
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,8 @@ from fedjax_core.language.operators import (
     federated_sum,
 )
 from fedjax_core.language.tracing import Value
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 class NormEstimator(NamedTuple):
@@ -38,7 +42,7 @@ def fixed(norm: float) -> NormEstimator:
     Raises:
       ArgumentError: if `norm` is not a positive number.
     """
-    if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
+    if isinstance(norm, bool) or not isinstance(norm, Real) or not 0 < norm < math.inf:
         raise ArgumentError(
             "Expected a positive number or a norm estimator such as quantile(1.0, 0.8), got "
             f"{norm!r}."
@@ -80,10 +84,12 @@ def quantile(
       Andrew, Thakkar, McMahan, Ramaswamy: Differentially Private Learning with Adaptive Clipping,
       NeurIPS 2021, arXiv:1905.03871.
     """
-    if not initial_estimate > 0:
-        raise ArgumentError(f"Expected a positive initial estimate, got {initial_estimate=}.")
-    if not 0 <= target_quantile <= 1:
-        raise ArgumentError(f"Expected a target quantile from 0 to 1, got {target_quantile=}.")
+    tiny = sys.float_info.min
+    _check_range("initial_estimate", initial_estimate, tiny, _LARGEST)
+    _check_range("target_quantile", target_quantile, 0, 1)
+    _check_range("learning_rate", learning_rate, 0, _LARGEST)
+    _check_range("multiplier", multiplier, tiny, _LARGEST)
+    _check_range("increment", increment, 0, _LARGEST)
 
     def step(estimate: jax.Array, num_below: jax.Array, count: jax.Array) -> jax.Array:
         fraction = num_below / jnp.maximum(count, 1)
@@ -94,6 +100,10 @@ def quantile(
     def is_below(estimate: jax.Array, norm: jax.Array) -> jax.Array:
         return (norm <= estimate).astype(jnp.int32)
 
+    def report(estimate: jax.Array) -> jax.Array:
+        # The arithmetic rule may step below zero, where there is no norm.
+        return (multiplier * jnp.maximum(estimate, 0) + increment).astype(jnp.float32)
+
     def update(state: Value, norms: Value, present: Value) -> Value:
         estimate = federated_broadcast(state, name="norm")
         below = federated_map(is_below, estimate, norms)
@@ -102,9 +112,14 @@ def quantile(
 
     return NormEstimator(
         init=lambda: jnp.float32(initial_estimate),
-        report=lambda estimate: (multiplier * estimate + increment).astype(jnp.float32),
+        report=report,
         update=update,
     )
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise ArgumentError(f"Expected {name} to be a number from {low} to {high}, got {value!r}.")
 
 
 def as_estimator(norm: float | NormEstimator) -> NormEstimator:

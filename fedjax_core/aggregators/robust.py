@@ -52,6 +52,8 @@ def global_norm(value: Any, order: float = 2) -> jax.Array:
       5.0
     """
     leaves = [jnp.abs(x).astype(jnp.float32) for x in jax.tree.leaves(value)]
+    if not leaves:
+        return jnp.float32(0)
     if order == math.inf:
         return jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in leaves]))
     if order == 1:

@@ -13,6 +13,7 @@ from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution import lowering, reference
 from fedjax_core.execution.config import Execution
 from fedjax_core.language import feeding, inference, types
+from fedjax_core.language.inference import template
 from fedjax_core.language.local import name_of, split_function
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Program
@@ -90,7 +91,7 @@ class Computation:
         values = {i: arg.value for i, arg in zip(program.parameters, args, strict=True)}
         if execution.mode == "reference":
             keep = np.ones(num_clients, bool) if valid is None else np.asarray(valid, bool)
-            return _run_reference(program, values, np.flatnonzero(keep).tolist())
+            return _run_reference(program, values, keep)
         valid = jnp.ones(num_clients, bool) if valid is None else jnp.asarray(valid, bool)
         results, ledger = lowering.run(program, values, valid, execution.num_lanes(num_clients))
         return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
@@ -189,8 +190,9 @@ def _wrap(program: Program, results: dict[int, Any]) -> Any:
     return jax.tree.map(wrap, program.result_tree)
 
 
-def _run_reference(program: Program, values: dict[int, Any], clients: list[int]) -> Any:
-    """The reference interpreter on stacked values."""
+def _run_reference(program: Program, values: dict[int, Any], keep: np.ndarray) -> Any:
+    """The reference interpreter on stacked values, for the clients that are to be kept."""
+    clients = np.flatnonzero(keep).tolist()
     for i in program.parameters:
         if not lowering.is_uniform(program.ops[i]):
             values[i] = [lowering.member(values[i], client) for client in clients]
@@ -198,8 +200,16 @@ def _run_reference(program: Program, values: dict[int, Any], clients: list[int])
     for i in set(program.results):
         t = cast(FederatedType, program.ops[i].type)
         if not lowering.is_uniform(program.ops[i]):
-            results[i] = feeding.stack_members(results[i], t.member)
+            rows = dict(zip(clients, results[i], strict=True))
+            # As in the other readings, what stands in the rows of the others is undefined.
+            filler = results[i][0] if clients else jax.tree.map(_zeros, template(t.member))
+            rows = [rows.get(client, filler) for client in range(len(keep))]
+            results[i] = feeding.stack_members(rows, t.member)
     return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype)
 
 
 class PolymorphicComputation:

@@ -143,3 +143,35 @@ def is_empty(t: Type) -> bool:
     if isinstance(t, FederatedType):
         return is_empty(t.member)
     return isinstance(t, StructType) and all(map(is_empty, t.children()))
+
+
+def difference(expected: Any, got: Any) -> str | None:
+    """The first leaf in whose path, shape or dtype two pytrees of arrays differ, in words.
+
+    Examples:
+      >>> difference({"w": np.zeros(2, np.float32)}, {"w": np.zeros(3, np.float32)})
+      "expected float32[2] at ['w'], got float32[3]"
+    """
+    wanted = dict(jax.tree_util.tree_leaves_with_path(expected))
+    found = dict(jax.tree_util.tree_leaves_with_path(got))
+    for path in [*wanted, *found]:
+        want, have = (_describe_leaf(tree.get(path)) for tree in (wanted, found))
+        if want != have:
+            return f"expected {want} at {jax.tree_util.keystr(path) or 'the root'}, got {have}"
+    if jax.tree.structure(expected) != jax.tree.structure(got):
+        return f"expected {jax.tree.structure(expected)}, got {jax.tree.structure(got)}"
+    return None
+
+
+def _describe_leaf(leaf: Any) -> str:
+    if leaf is None:
+        return "nothing"
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return f"{dtype}{list(jnp.shape(leaf))}"
+
+
+def check_same(expected: Type, got: Type, what: str) -> None:
+    """Raises `FederatedTypeError` unless two unplaced types have the same structure and leaves."""
+    found = difference(template(expected), template(got))
+    if found:
+        raise FederatedTypeError(f"{what}: {found}.")

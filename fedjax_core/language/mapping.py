@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from fedjax_core.errors import FederatedTypeError, PlacementError
 from fedjax_core.language import inference
@@ -35,6 +36,11 @@ def federated_value(value: Any, placement: Placement) -> Value:
     builder = current_builder("federated_value")
     if any(isinstance(leaf, Value) for leaf in jax.tree.leaves(value)):
         raise FederatedTypeError(f"federated_value: expected an unplaced constant, got {value!r}.")
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+        raise FederatedTypeError(
+            f"federated_value: expected a constant, got {value!r}, which JAX is tracing; pass it "
+            "as an argument instead."
+        )
     member = inference.infer_type(value)
     t = FederatedType(member, placement, all_equal=True)
     constant = to_member(value, member, "federated_value")
@@ -68,13 +74,9 @@ def federated_map(function: Any, arg: Any, *more: Any) -> Value:
     placement = _common_placement(values, what)
     members = tuple(federated_type_of(value, what).member for value in values)
     inputs = tuple(position_of(value, builder, what) for value in values)
-
-    def make() -> Map:
-        local = trace_local(function, members, what)
-        t = FederatedType(local.result, placement)
-        return Map(type=t, inputs=inputs, local=local, location=location())
-
-    return builder.add_once(("map", function, inputs), make)
+    local = trace_local(function, members, what)
+    t = FederatedType(local.result, placement)
+    return builder.add(Map(type=t, inputs=inputs, local=local, location=location()))
 
 
 def _spread(function: Any, arg: Any) -> tuple[Any, ...]:

@@ -196,12 +196,16 @@ def _at_least_float32(x: jax.Array) -> Any:
 
 
 def divide(total: Any, weight: jax.Array) -> Any:
-    """`total / weight`, rounded once to each leaf's dtype; zero where the weight is."""
+    """`total / weight`, rounded once to each leaf's dtype; zero where the weight is.
+
+    Where the weight is not finite there is no mean, and the result is NaN rather than zero.
+    """
     safe = jnp.where(weight == 0, jnp.ones_like(weight), weight)
 
     def ratio(x: jax.Array) -> jax.Array:
         quotient = (x / safe.astype(_at_least_float32(x))).astype(x.dtype)
-        return jnp.where(weight == 0, jnp.zeros_like(x), quotient)
+        mean = jnp.where(jnp.isfinite(weight), quotient, jnp.nan).astype(x.dtype)
+        return jnp.where(weight == 0, jnp.zeros_like(x), mean)
 
     return jax.tree.map(ratio, total)
 

@@ -83,6 +83,7 @@ class Value:
             f"A value of type {self.type_signature} is no function and cannot be called."
         )
 
+    __invert__ = __rpow__ = __rmatmul__ = __rfloordiv__ = __rmod__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = _refuse
@@ -253,7 +254,9 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
     name = name_of(function)
     with _building() as builder:
         arguments = tuple(_declare(builder, t) for t in parameters)
-        result = function(*arguments)
+        # A program outlives the transformation that it may happen to be traced in.
+        with jax.ensure_compile_time_eval():
+            result = function(*arguments)
         _check_result(result, name)
         is_value = lambda x: isinstance(x, Value)  # noqa: E731
         position = lambda value: position_of(value, builder, name)  # noqa: E731

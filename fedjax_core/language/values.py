@@ -20,6 +20,9 @@ class Sequence:
     and rows past `length` are padding. *Packed*: `elements` is a pool shared by all clients, in
     which this sequence is the slice that begins at `start`; nothing is copied or padded per client.
 
+    `take`, `positions` and `reduce` work on both; indexing `elements` does not, for a packed
+    sequence begins at `start`.
+
     Attributes:
       elements: pytree of arrays, each ``[rows, ...]`` with one common number of rows.
       start: int32 scalar, the first row of this sequence.

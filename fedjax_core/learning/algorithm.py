@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.core import Tracer
 
 from fedjax_core.aggregators.base import Aggregator
@@ -97,19 +98,22 @@ def federated_learning(
     Raises:
       ArgumentError: for parts that do not fit together.
     """
-    _check_parts(model, aggregator, broadcast_codec)
-    init = _initializer(model, client_work, aggregator, server_optimizer)
     parts = Parts(model, client_work, aggregator, server_optimizer, broadcast_codec)
-    some_key = jax.eval_shape(lambda: jax.random.key(0))
-    state_type = inference.infer_type(jax.eval_shape(init, some_key))
-    computations = _ComputationCache(parts, FederatedType(state_type, SERVER))
-    own = computations.for_element(types.to_type(dict(model.input_spec)))
+    _check_parts(parts, execution)
+    make_state = jax.jit(_initializer(parts))
+    expected = jax.eval_shape(make_state, jax.eval_shape(lambda: jax.random.key(0)))
+    computations = _ComputationCache(parts)
+    element = types.to_type(dict(model.input_spec))
+    own = computations.for_types(inference.infer_type(expected), element)
+
+    def init(key: jax.Array) -> State:
+        _check_key(key)
+        return make_state(key)
 
     def run(state: State, cohort: Cohort) -> tuple[State, Metrics]:
         examples = cohort.sequence()
-        computation = computations.for_element(
-            cast(SequenceType, inference.infer_type(examples)).element
-        )
+        element = cast(SequenceType, inference.infer_type(examples)).element
+        computation = computations.for_types(inference.infer_type(state), element)
         lowered = computation.lower(execution)
         args = (
             Federated(state, SERVER),
@@ -126,6 +130,7 @@ def federated_learning(
 
     @functools.wraps(run)
     def update(state: State, cohort: Cohort) -> tuple[State, Metrics]:
+        _check_state(expected, state)
         cohort = _select_features(model, cohort)
         _check_cohort(model, cohort)
         return run_round(state, cohort)
@@ -133,30 +138,51 @@ def federated_learning(
     return Algorithm(init, update, own)
 
 
-def _check_parts(model: Any, aggregator: Any, broadcast_codec: Any) -> None:
-    for name, value, kind in (("model", model, Model), ("aggregator", aggregator, Aggregator)):
+def _check_parts(parts: Parts, execution: Execution) -> None:
+    wanted: list[tuple[str, Any, type]] = [
+        ("model", parts.model, Model),
+        ("aggregator", parts.aggregator, Aggregator),
+        ("server_optimizer", parts.server_optimizer, optax.GradientTransformation),
+        ("execution", execution, Execution),
+    ]
+    if parts.broadcast_codec is not None:
+        wanted.append(("broadcast_codec", parts.broadcast_codec, Codec))
+    for name, value, kind in wanted:
         if not isinstance(value, kind):
             raise ArgumentError(f"Expected {name} to be of type {kind.__name__}, got {value!r}.")
-    if broadcast_codec is not None and not isinstance(broadcast_codec, Codec):
-        raise ArgumentError(
-            f"Expected broadcast_codec to be a codec or None, got {broadcast_codec!r}."
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape:
+        raise ArgumentError(f"Expected one key, as jax.random.key(0) makes it, got {key!r}.")
+
+
+def _check_state(expected: State, state: Any) -> None:
+    """Raises unless `state` has the leaves of `expected`; its key may be of any generator."""
+    if not isinstance(state, State):
+        raise FederatedTypeError(
+            f"Expected the state that init returned, got {type(state).__name__}."
+        )
+    found = inference.difference(expected._replace(key=state.key), state)
+    if found:
+        raise FederatedTypeError(
+            f"The state does not fit: {found}; it has to come from the init of the same algorithm."
         )
 
 
-def _initializer(
-    model: Model,
-    client_work: ClientWork,
-    aggregator: Aggregator,
-    server_optimizer: optax.GradientTransformation,
-) -> Callable[[jax.Array], State]:
+def _initializer(parts: Parts) -> Callable[[jax.Array], State]:
+    model, client_work, aggregator, server_optimizer, _ = parts
+
     def init(key: jax.Array) -> State:
-        params = jax.tree.map(jnp.asarray, model.init(jax.random.fold_in(key, 0)))
+        params = jax.tree.map(_strong, model.init(jax.random.fold_in(key, 0)))
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         aggregator_state, aggregator_memory = aggregator.init(template)
         work_state, work_memory = client_work.init(params)
         if jax.tree.leaves((aggregator_memory, work_memory)):
             raise ArgumentError(
-                "Expected client work and an aggregator without memory at the clients."
+                "Expected client work, an aggregator and a codec without memory at the clients, "
+                "which algorithms do not keep between rounds yet; use ones whose init gives ()."
             )
         optimizer = server_optimizer.init(params)
         hyperparams = {
@@ -172,34 +198,40 @@ def _initializer(
             hyperparams=hyperparams,
             key=jax.random.fold_in(key, 1),
         )
-        return jax.tree.map(jnp.asarray, state)
+        return jax.tree.map(_strong, state)
 
     return init
 
 
-class _ComputationCache:
-    """The round's computation for each type of example that it meets."""
+def _strong(x: Any) -> jax.Array:
+    """An array whose dtype is its own: a weak one would make the second round compile again."""
+    x = jnp.asarray(x)
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else lax.convert_element_type(x, x.dtype)
 
-    def __init__(self, parts: Parts, state_type: FederatedType) -> None:
+
+class _ComputationCache:
+    """The round's computation for each type of state and example that it meets."""
+
+    def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._state_type = state_type
-        self._computations: dict[types.Type, Computation] = {}
+        self._computations: dict[tuple[types.Type, types.Type], Computation] = {}
         self._lock = threading.Lock()
 
-    def for_element(self, element: types.Type) -> Computation:
-        """The computation for examples of type `element`."""
+    def for_types(self, state: types.Type, element: types.Type) -> Computation:
+        """The computation for a state and examples of these types."""
         with self._lock:
-            if element not in self._computations:
-                self._computations[element] = self._trace(element)
-            return self._computations[element]
+            if (state, element) not in self._computations:
+                self._computations[state, element] = self._trace(state, element)
+            return self._computations[state, element]
 
-    def _trace(self, element: types.Type) -> Computation:
+    def _trace(self, state: types.Type, element: types.Type) -> Computation:
         def federated_round(state: Value, examples: Value, uid: Value) -> Round:
             return trace_round(self._parts, state, examples, uid)
 
         return federated_computation(
             federated_round,
-            self._state_type,
+            FederatedType(state, SERVER),
             FederatedType(SequenceType(element), CLIENTS),
             FederatedType(TensorType(np.uint32, (2,)), CLIENTS),
         )

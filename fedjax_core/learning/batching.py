@@ -28,10 +28,30 @@ def shuffle(key: jax.Array, examples: Sequence) -> jax.Array:
     Returns:
       int32 `[capacity]`: a permutation whose first `length` entries are the positions of examples.
     """
-    positions, is_example = examples.positions()
-    draws = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(positions)
-    is_padding = (~is_example).astype(jnp.uint32)
-    return lax.sort((is_padding, draws, positions), num_keys=3)[2]
+    sizes = _prefix_sizes(examples.capacity)
+    branches = [lambda n=n: _shuffle_prefix(key, examples, n) for n in sizes]
+    return lax.switch(jnp.sum(examples.length > jnp.array(sizes[:-1], jnp.int32)), branches)
+
+
+def _prefix_sizes(capacity: int) -> list[int]:
+    """Rising sizes up to `capacity`, a factor of 8 apart.
+
+    A short client beside a long one only pays for the size that holds its own examples.
+    """
+    sizes = [capacity]
+    while sizes[-1] > 256:
+        sizes.append(-(-sizes[-1] // 8))
+    return sizes[::-1]
+
+
+def _shuffle_prefix(key: jax.Array, examples: Sequence, size: int) -> jax.Array:
+    """`shuffle` of a sequence of at most `size` examples."""
+    positions = jnp.arange(examples.capacity, dtype=jnp.int32)
+    prefix, rest = positions[:size], positions[size:]
+    draws = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(prefix)
+    is_padding = (prefix >= examples.length).astype(jnp.uint32)
+    order = lax.sort((is_padding, draws, prefix), num_keys=3)[2]
+    return jnp.concatenate([order, rest])
 
 
 def take_batch(

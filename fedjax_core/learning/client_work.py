@@ -8,6 +8,7 @@ Local training = epochs x batches, shuffled by the client's key x an optimiser t
 """
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -75,7 +76,8 @@ def local_training(
     Args:
       model: what is trained.
       optimizer: any optax optimiser; its state starts afresh at each client in each round.
-        Hyper-parameters injected by `optax.inject_hyperparams` are taken from the server's state.
+        Hyper-parameters injected by `optax.inject_hyperparams`, if it is the outermost
+        transformation, are taken from the server's state.
       batch_size: examples a step.
       num_epochs: passes over the client's examples in a round.
       weighting: "num_examples", "uniform" (one for every client), or a function of the client's
@@ -85,6 +87,10 @@ def local_training(
       ArgumentError: for numbers that are not positive, or another weighting.
     """
     _check_positive(batch_size=batch_size, num_epochs=num_epochs)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ArgumentError(
+            f"Expected an optax optimiser such as optax.sgd(0.1) on the clients, got {optimizer!r}."
+        )
     weigh = _weigher(weighting)
 
     def work(
@@ -128,6 +134,8 @@ def train_locally(
       batch_size: examples a step.
       num_epochs: passes over the examples.
     """
+    # A batch holds no more than there is: full batches may be asked for by any large number.
+    batch_size = min(batch_size, examples.capacity)
     differentiate = jax.grad(model.loss, argnums=1, has_aux=True)
 
     def epoch(number: jax.Array, carry: Any) -> Any:
@@ -167,27 +175,45 @@ def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:
     if weighting == "num_examples":
         return lambda stats: jnp.float32(stats["num_examples"].total)
     if callable(weighting):
-        return lambda stats: jnp.asarray(weighting(stats), jnp.float32)
+        return lambda stats: _as_weight(weighting(stats))
     raise ArgumentError(
         "Expected weighting to be 'num_examples', 'uniform' or a function of the stats, got "
         f"{weighting!r}."
     )
 
 
+def _as_weight(weight: Any) -> jax.Array:
+    if isinstance(weight, Mean | Sum) or jnp.shape(weight) != () or weight is None:
+        raise ArgumentError(
+            f"Expected weighting to return one number for a client, got {weight!r}; for a metric, "
+            "return its result() or its total."
+        )
+    return jnp.asarray(weight, jnp.float32)
+
+
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ArgumentError(f"Expected {name} to be a positive integer, got {number!r}.")
 
 
 def injected_hyperparams(state: Any) -> Any:
-    """What `optax.inject_hyperparams` put into an optimiser's state, () if nothing."""
-    return dict(state.hyperparams) if _is_injected(state) else ()
+    """What `optax.inject_hyperparams` put into an optimiser's state, () if nothing.
+
+    It has to be the outermost transformation. Scheduled hyper-parameters are not among the result:
+    their schedule sets them anew at each step.
+    """
+    if not _is_injected(state):
+        return ()
+    scheduled = getattr(state, "hyperparams_states", {})
+    return {name: x for name, x in state.hyperparams.items() if name not in scheduled} or ()
 
 
 def with_hyperparams(state: Any, hyperparams: Any) -> Any:
     """An optimiser's state with the given hyper-parameters injected, if it takes any."""
-    return state._replace(hyperparams=dict(hyperparams)) if _is_injected(state) else state
+    if not _is_injected(state):
+        return state
+    return state._replace(hyperparams={**state.hyperparams, **(hyperparams or {})})
 
 
 def _is_injected(state: Any) -> bool:

@@ -8,7 +8,7 @@ state     = server optimiser's step along the update, if it is sound
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,7 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
         output.update,
         output.weight,
     )
+    _check_update(state.params, update)
     stats = federated_sum(output.metrics, name="metrics")
     counts = _count_statuses(screened.status)
     work_state = _finish_work(parts.client_work, state.client_work, output)
@@ -129,6 +130,12 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
         lambda counts, rejected: counts | {"update_rejected": rejected}, counts, rejected
     )
     return Round(new_state, federated_map(finish_metrics, stats), counts, measurements)
+
+
+def _check_update(params: Value, update: Value) -> None:
+    """Raises unless the aggregate fits the model that it is to change."""
+    expected, got = (cast(FederatedType, x.type_signature).member for x in (params, update))
+    inference.check_same(expected, got, "the aggregator's value, which has to fit the model")
 
 
 def _round_keys(state: Value, uid: Value) -> PlacedKeys:
@@ -168,9 +175,11 @@ def _finish_work(client_work: ClientWork, server: Value, output: Value) -> Value
 def screen(output: ClientOutput) -> Screened:
     """Takes a client out of the round if its update is not finite or its weight is not positive.
 
+    A loss or metric that is not finite counts as an update that is not.
+
     Its weight and its stats become zero, its update zeros, and its status is the reason.
     """
-    is_finite = _all_finite(output.update)
+    is_finite = _all_finite((output.update, output.metrics))
     is_weighted = jnp.isfinite(output.weight) & (output.weight > 0)
     is_empty = output.metrics["num_examples"].total == 0
     counts_in = is_finite & is_weighted & ~is_empty

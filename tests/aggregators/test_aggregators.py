@@ -292,8 +292,8 @@ MISUSE = {
     "infinite norm": (lambda: fixed(math.inf), "positive number"),
     "a truth value": (lambda: fixed(True), "positive number"),
     "order": (lambda: zero_by_norm(1.0, order=3), "order"),
-    "initial estimate": (lambda: quantile(0.0, 0.5), "initial estimate"),
-    "target": (lambda: quantile(1.0, 1.5), "target quantile"),
+    "initial estimate": (lambda: quantile(0.0, 0.5), "initial_estimate"),
+    "target": (lambda: quantile(1.0, 1.5), "target_quantile"),
     "no codec": (lambda: mean(codec=8), "uniform_quantize"),
     "mean of integers": (lambda: as_computation(mean(), np.int32), "floating-point"),
     "plain mean of integers": (

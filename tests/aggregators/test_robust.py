@@ -19,6 +19,8 @@ from fedjax_core.aggregators import (
     robust_aggregator,
     zero_by_norm,
 )
+from fedjax_core.aggregators.robust import global_norm
+from fedjax_core.errors import ArgumentError
 
 KEY = jax.random.key(0)
 
@@ -159,3 +161,36 @@ def test_compression_aggregator_is_the_robust_one_within_a_step():
     assert 0 < error <= 0.2 / (2**6 - 1)
     raw, _ = one_round(aggregators.compression_aggregator(min_size=50), t, values)
     np.testing.assert_array_equal(raw, exact)
+
+
+def test_arithmetic_estimate_below_zero_clips_to_nothing():
+    """A norm is never negative: the sign of what clients send is kept."""
+    aggregator = chain(clip_by_global_norm(quantile(0.5, 0.1, 1.0, is_geometric=False)), mean())
+    values, measured = rounds(aggregator, np.float32, [0.2, 0.3], num_rounds=3)
+    np.testing.assert_allclose(values[0], 0.25, rtol=1e-6)
+    assert all(float(value) == 0.0 for value in values[1:])
+    assert float(measured[1]["clip_by_global_norm"]["norm"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"initial_estimate": 0.0},
+        {"initial_estimate": math.inf},
+        {"initial_estimate": "1"},
+        {"target_quantile": 1.5},
+        {"learning_rate": math.nan},
+        {"multiplier": -1.0},
+        {"multiplier": math.nan},
+        {"increment": -1.0},
+    ],
+    ids=str,
+)
+def test_quantile_refuses_what_is_no_norm(keywords):
+    with pytest.raises(ArgumentError, match=next(iter(keywords))):
+        quantile(**({"initial_estimate": 1.0, "target_quantile": 0.5} | keywords))
+
+
+def test_norm_of_nothing_is_zero():
+    assert float(global_norm({})) == 0.0
+    assert float(global_norm({"empty": np.zeros((0, 3), np.float32)}, math.inf)) == 0.0

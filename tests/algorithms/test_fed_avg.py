@@ -218,8 +218,8 @@ def test_round_without_participants_changes_only_the_round_number() -> None:
 
 def test_aggregate_that_is_not_finite_is_rejected() -> None:
     """Two finite updates whose sum overflows: the state is kept, and the metrics say so."""
-    data = fc.datasets.from_clients({"a": rows(3, (1, 0), 1e38), "b": rows(3, (1, 0), 1e38)})
-    algorithm = make(client_optimizer=optax.sgd(1.0), batch_size=3)
+    data = fc.datasets.from_clients({"a": rows(3, (1, 0), 1e18), "b": rows(3, (1, 0), 1e18)})
+    algorithm = make(client_optimizer=optax.sgd(1e20), batch_size=3)
     state = algorithm.init(jax.random.key(0))
     new, metrics = algorithm.update(state, data.cohort(["a", "b"]))
     assert counts(metrics)["num_participants"] == 2
@@ -410,7 +410,7 @@ def test_non_weighted_aggregators_are_told_apart() -> None:
         ({"num_epochs": 0}, "num_epochs to be a positive integer"),
         ({"weighting": "examples"}, "'num_examples', 'uniform'"),
         ({"aggregator": "mean"}, "aggregator to be of type Aggregator"),
-        ({"broadcast_codec": 8}, "broadcast_codec to be a codec or None"),
+        ({"broadcast_codec": 8}, "broadcast_codec to be of type Codec"),
     ],
 )
 def test_bad_arguments_are_refused(keywords, text: str) -> None:
@@ -443,3 +443,114 @@ def test_wrong_features_are_refused() -> None:
         algorithm.update(state, data.cohort(["a"]))
     with pytest.raises(FederatedTypeError, match="Cohort"):
         algorithm.update(state, [1, 2])
+
+
+def test_aggregate_that_does_not_fit_the_model_is_refused():
+    """A decoder that loses the shape would broadcast one number into every parameter."""
+    codec = fc.compression.stateless(
+        "mean_only",
+        fc.compression.identity().traits,
+        lambda keys, value: fc.compression.Message(value),
+        lambda keys, message: jax.tree.map(jnp.mean, message.payload),
+    )
+    with pytest.raises(FederatedTypeError, match=r"mean_only.*expected float32\[2, 1\] at \['W'\]"):
+        make(aggregator=fc.aggregators.mean(codec=codec))
+    mean = fc.aggregators.mean()
+
+    def shrink(*args):
+        server, memory, value, measured = mean.aggregate(*args)
+        return server, memory, fc.federated_map(lambda v: v["b"], value), measured
+
+    with pytest.raises(FederatedTypeError, match="has to fit the model"):
+        make(aggregator=mean._replace(aggregate=shrink))
+
+
+@pytest.mark.parametrize("key", [0, jax.random.PRNGKey(0)], ids=["int", "old style"])
+def test_init_wants_a_key(key):
+    with pytest.raises(ArgumentError, match=r"jax\.random\.key"):
+        make().init(key)
+
+
+def test_keys_of_other_generators_work():
+    data = regression_data()
+    algorithm = make()
+    state = algorithm.init(jax.random.key(0, impl="rbg"))
+    state, _ = algorithm.update(state, data.cohort(["B"]))
+    assert int(state.round) == 1
+
+
+def test_state_of_another_model_is_refused_by_leaf():
+    state = make(fc.models.linear()).init(jax.random.key(0))
+    with pytest.raises(FederatedTypeError, match=r"\.params"):
+        make().update(state, regression_data().cohort(["B"]))
+    with pytest.raises(FederatedTypeError, match="the state that init returned"):
+        make().update(state.params, regression_data().cohort(["B"]))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"client_optimizer": 0.1},
+        {"client_optimizer": optax.adam},
+        {"server_optimizer": 1.0},
+        {"execution": "stacked"},
+    ],
+    ids=str,
+)
+def test_parts_of_another_kind_are_refused(keywords):
+    with pytest.raises(ArgumentError, match=r"Expected"):
+        make(**keywords)
+
+
+def test_full_batches_may_be_asked_for_by_any_number():
+    """A batch size beyond the data is one batch, at the cost of one batch."""
+    data = noisy_data(3)
+    cohort = data.cohort(data.client_ids)
+    state = make().init(jax.random.key(0))
+    full, metrics = make(batch_size=2**40).update(state, cohort)
+    exact, _ = make(batch_size=cohort.capacity).update(state, cohort)
+    np.testing.assert_array_equal(flat(full.params), flat(exact.params))
+    assert int(metrics.train["num_batches"]) == 3
+
+
+def test_weights_whose_sum_overflows_are_rejected_and_reported():
+    """3e38 twice has no float32 sum: the state is kept rather than moved by zero in silence."""
+    data = regression_data(A=rows(12, (1, 0), 1.0))
+    algorithm = make(weighting=lambda stats: jnp.float32(3e38))
+    state = algorithm.init(jax.random.key(0))
+    new, metrics = algorithm.update(state, data.cohort(["A", "B"]))
+    assert counts(metrics)["update_rejected"] == 1
+    np.testing.assert_array_equal(flat(new.params), flat(state.params))
+
+
+def test_second_type_of_examples_inside_jit_keeps_no_tracer():
+    """A program that is traced while the user's jit is traced must not hold on to that trace."""
+    mean = fc.aggregators.mean()
+
+    def offset(keys, server, memory, value, weight):
+        constant = fc.federated_value(jnp.ones(3), fc.SERVER)
+        server, memory, value, measured = mean.aggregate(keys, server, memory, value, weight)
+        value = fc.federated_map(
+            lambda v, c: jax.tree.map(lambda x: x + 0 * c[0], v), value, constant
+        )
+        return server, memory, value, measured
+
+    algorithm = make(fc.models.linear(), aggregator=mean._replace(aggregate=offset))
+    state = algorithm.init(jax.random.key(0))
+    for size in (2, 5):
+        images = np.zeros((size, 28, 28, 1), np.float32)
+        client = {"image": images, "label": np.zeros(size, np.int32)}
+        cohort = fc.datasets.from_clients({"a": client}).cohort(["a"])
+        state, _ = jax.jit(algorithm.update)(state, cohort)
+    assert int(state.round) == 2
+
+
+def test_scheduled_hyperparameters_are_not_offered_for_a_sweep():
+    """Their schedule would overwrite whatever a sweep puts there."""
+    rate = optax.constant_schedule(0.1)
+    scheduled = make(client_optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=rate))
+    state = scheduled.init(jax.random.key(0))
+    assert state.hyperparams["client"] == ()
+    state, metrics = scheduled.update(state, regression_data().cohort(["B"]))
+    assert "hyperparams" not in metrics.communication.broadcast
+    assert flat(state.params).any()

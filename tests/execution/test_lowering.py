@@ -1,4 +1,4 @@
-"""The lowered functions: accumulation, padding, edge sizes, compilations, threads, transforms."""
+"""The lowered functions: accumulation, padding, edge sizes, checks of arguments, keys, memory."""
 
 import jax
 import jax.numpy as jnp

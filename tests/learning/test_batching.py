@@ -59,3 +59,14 @@ def test_orders_are_uniform():
     counts = np.unique(codes, return_counts=True)[1]
     assert len(counts) == 6
     assert np.sum((counts - 1000.0) ** 2 / 1000.0) < 20.5
+
+
+def test_order_does_not_depend_on_a_long_neighbour():
+    """Capacities beyond 256 sort a prefix only; the order of a short client stays the same."""
+    key = jax.random.key(5)
+    expected = shuffle(key, sequence(100, 128))[:100]
+    for capacity in (256, 300, 5000):
+        np.testing.assert_array_equal(shuffle(key, sequence(100, capacity))[:100], expected)
+    for length in (255, 256, 257, 624, 625, 626, 4999, 5000):
+        order = np.asarray(shuffle(key, sequence(length, 5000)))
+        assert sorted(order[:length]) == list(range(length))
