@@ -224,7 +224,7 @@ def to_bytes(codec: Codec, message: Message) -> bytes:
     return codec.to_bytes(_check_message(message))
 
 
-def from_bytes(codec: Codec, data: bytes, like: Message) -> Message:
+def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message) -> Message:
     """The message that `to_bytes` wrote.
 
     Args:
@@ -237,8 +237,8 @@ def from_bytes(codec: Codec, data: bytes, like: Message) -> Message:
       The message, its leaves NumPy arrays.
 
     Raises:
-      CodecError: `data` is too short or too long, no message has these bytes, or `like` is not a
-        `Message`.
+      CodecError: `data` is no bytes, too short or too long, no message has these bytes, or `like`
+        is not a `Message`.
 
     Example:
       >>> import numpy as np
@@ -246,6 +246,7 @@ def from_bytes(codec: Codec, data: bytes, like: Message) -> Message:
       >>> from_bytes(codec, to_bytes(codec, message), like=message).payload
       array([1.5, 2.5], dtype=float32)
     """
+    data = _check_bytes(data)
     message, rest = codec.from_bytes(_check_message(like), data)
     if rest:
         expected = len(data) - len(rest)
@@ -263,6 +264,15 @@ def _check_message(message: Message) -> Message:
             "`memory, message = codec.encode(keys, memory, hints, value)`."
         )
     return message
+
+
+def _check_bytes(data: Any) -> bytes:
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise CodecError(
+            f"expected the bytes of a message, got {type(data).__name__}; pass what `to_bytes` "
+            "returned (an array's own bytes are `array.tobytes()`)."
+        )
+    return bytes(data)
 
 
 def _parts(message: Message) -> tuple[Any, Any, Any]:

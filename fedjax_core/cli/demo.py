@@ -18,24 +18,29 @@ PICTURE_NAME = "comparison.png"
 
 def run(settings: options.Demo) -> bool:
     """Trains both runs and compares them; returns whether Ctrl-C ended one."""
+    options.check(settings)
     codecs = {
         "original": None,
         "compression": training.make_codec("quantize", bits=settings.bits, fraction=1.0),
     }
-    # Both are made before the first run starts: a folder in use shows at once.
+    for name in codecs:
+        writers.check_log_folder(settings.log_dir / name, overwrite=settings.overwrite)
+    splits = training.load_splits("digits", settings, num_clients=settings.num_clients)
+    model = training.make_model("cnn")
+    print(training.describe(splits))
+    experiments = {
+        name: training.make_experiment(model, splits, codec, settings)
+        for name, codec in codecs.items()
+    }
+    # Both are made before the first run starts: none shows the logs of an earlier one.
     folders = {
         name: writers.log_folder(settings.log_dir / name, overwrite=settings.overwrite)
         for name in codecs
     }
-    splits = training.load_splits("digits", settings, num_clients=settings.num_clients)
-    model = training.make_model("cnn")
-    print(training.describe(splits))
     runs: dict[str, History] = {}
-    for name, codec in codecs.items():
+    for name, experiment in experiments.items():
         print(f"\n{name}:", flush=True)
-        runs[name] = training.train_once(
-            model, splits, codec, settings, folder=folders[name], title=name
-        )
+        _, runs[name] = training.train_once(experiment, settings, folder=folders[name], title=name)
         if runs[name].interrupted:
             break
     return _conclude(settings.log_dir, runs)

@@ -1,8 +1,12 @@
 """What can be set on the command line: one record a subcommand, defaults and units in the help."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Literal
+
+from fedjax_core.datasets.checks import checked_count, checked_fraction
+from fedjax_core.errors import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +28,11 @@ class Training:
     evaluate_every: int = 5
     """Rounds between two evaluations on the test set; 0: only after the last round."""
     seed: int = 0
-    """Seed of the partition, of the initial parameters and of the sampling of clients."""
+    """Seed of the partition, the initial parameters and the sampling of clients, below 2**32."""
     data_dir: pathlib.Path | None = None
     """Folder for prepared data; by default $FEDJAX_CORE_CACHE or ~/.cache/fedjax_core."""
     overwrite: bool = False
-    """Replace the logs of an earlier run; other files in the folder stay."""
+    """Replace the logs (and the saved state) of an earlier run; other files in the folder stay."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,7 @@ class Train(Training):
     fraction: float = 0.1
     """Part of a tensor's entries that top-k keeps, in (0, 1]."""
     save: pathlib.Path | None = None
-    """File for the final state; `fedjax_core.learning.checkpoints.load` reads it."""
+    """New file for the final state; `fedjax_core.load` reads it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,3 +75,22 @@ class Datasets:
 
 
 Command = Demo | Train | Datasets
+
+# What makes a stream of random numbers of its own in JAX.
+_MAX_SEED = 2**32 - 1
+
+
+def check(settings: Training) -> None:
+    """Checks what nothing else checks before files are made.
+
+    Raises:
+      ArgumentError: a number is out of range.
+    """
+    checked_count("--rounds", settings.rounds, least=isinstance(settings, Demo))
+    checked_count("--evaluate-every", settings.evaluate_every, least=0)
+    checked_count("--seed", settings.seed, least=0)
+    if settings.seed > _MAX_SEED:
+        raise ArgumentError(f"--seed: expected at most {_MAX_SEED}, got {settings.seed}")
+    for side in ("client", "server"):
+        rate = getattr(settings, f"{side}_learning_rate")
+        checked_fraction(f"--{side}-learning-rate", rate, high=math.inf)

@@ -1,7 +1,7 @@
 """``fedjax-core train``, and what it shares with the demo."""
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -10,7 +10,9 @@ from fedjax_core import compression, datasets, models
 from fedjax_core.aggregators import mean
 from fedjax_core.algorithms import fed_avg
 from fedjax_core.cli import options
+from fedjax_core.files import check_writable
 from fedjax_core.learning import checkpoints, writers
+from fedjax_core.learning.algorithm import Algorithm
 from fedjax_core.learning.evaluation import evaluate
 from fedjax_core.learning.history import History
 from fedjax_core.learning.loop import train
@@ -18,12 +20,20 @@ from fedjax_core.learning.loop import train
 
 def run(settings: options.Train) -> bool:
     """Trains one model; returns whether Ctrl-C ended it."""
-    folder = writers.log_folder(settings.log_dir, overwrite=settings.overwrite)
+    # All that can be wrong shows before the first file is made, and before the work.
+    options.check(settings)
+    writers.check_log_folder(settings.log_dir, overwrite=settings.overwrite)
+    if settings.save is not None:
+        check_writable(settings.save, overwrite=settings.overwrite)
     codec = make_codec(settings.uplink, bits=settings.bits, fraction=settings.fraction)
     model = make_model(settings.model)
     splits = load_splits(settings.dataset, settings, num_clients=settings.num_clients)
     print(describe(splits), flush=True)
-    history = train_once(model, splits, codec, settings, folder=folder, save=settings.save)
+    experiment = make_experiment(model, splits, codec, settings)
+    folder = writers.log_folder(settings.log_dir, overwrite=settings.overwrite)
+    state, history = train_once(experiment, settings, folder=folder)
+    if settings.save is not None:
+        save(settings.save, state, history)
     print(f"{'interrupted; ' if history.interrupted else ''}logs are in {folder}")
     return history.interrupted
 
@@ -66,17 +76,22 @@ def describe(splits: datasets.Splits) -> str:
     )
 
 
-def train_once(
+class Experiment(NamedTuple):
+    """What a run trains; to make one checks all its settings."""
+
+    model: models.Model
+    splits: datasets.Splits
+    algorithm: Algorithm
+    sampler: datasets.sampling.Sampler
+
+
+def make_experiment(
     model: models.Model,
     splits: datasets.Splits,
     codec: compression.Codec | None,
     settings: options.Training,
-    *,
-    folder: pathlib.Path,
-    title: str = "",
-    save: pathlib.Path | None = None,
-) -> History:
-    """Federated averaging of `model`, logged to the screen and to `folder`."""
+) -> Experiment:
+    """Federated averaging of `model`."""
     algorithm = fed_avg(
         model,
         client_optimizer=optax.sgd(settings.client_learning_rate),
@@ -85,19 +100,23 @@ def train_once(
         batch_size=settings.batch_size,
         num_epochs=settings.epochs,
     )
-    state: Any = algorithm.init(jax.random.key(settings.seed))
-    if save is not None:
-        # Now already: a path that cannot be written shows before the work, not after it.
-        checkpoints.save(save, state)
     sampler = datasets.sampling.uniform(
         splits.train, settings.clients_per_round, seed=settings.seed
     )
-    state, history = train(
+    return Experiment(model, splits, algorithm, sampler)
+
+
+def train_once(
+    experiment: Experiment, settings: options.Training, *, folder: pathlib.Path, title: str = ""
+) -> tuple[Any, History]:
+    """Runs the rounds, logged to the screen and to `folder`; the last state and the history."""
+    model, splits, algorithm, sampler = experiment
+    return train(
         algorithm,
         splits.train,
         sampler,
         num_rounds=settings.rounds,
-        state=state,
+        key=jax.random.key(settings.seed),
         evaluation=lambda params: evaluate(model, params, splits.test),
         evaluate_every=settings.evaluate_every,
         writers=[
@@ -106,7 +125,12 @@ def train_once(
             writers.json_lines(folder / writers.JSON_LINES_NAME),
         ],
     )
-    if save is not None:
-        checkpoints.save(save, state)
-        print(f"the state after {len(history)} rounds is in {save}")
-    return history
+
+
+def save(path: pathlib.Path, state: Any, history: History) -> None:
+    """Writes the last state, unless Ctrl-C came before there was anything to save."""
+    if history.interrupted and not history:
+        print(f"nothing was trained; {path} is as it was")
+        return
+    checkpoints.save(path, state)
+    print(f"the state after {len(history)} rounds is in {path}")

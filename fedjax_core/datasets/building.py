@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 
 from fedjax_core.datasets import checks
+from fedjax_core.datasets import partition as partitions
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.partition import Partition
-from fedjax_core.errors import DataError
+from fedjax_core.errors import DataError, FederatedTypeError
+
+# What makes partitions; passed instead of one when it was not called.
+_PARTITIONERS = (partitions.iid, partitions.dirichlet, partitions.shards, partitions.by_key)
 
 
 def from_clients(
@@ -72,6 +76,7 @@ def from_arrays(
 
     Raises:
       DataError: features of unequal length, an unknown feature, or a partition that does not fit.
+      FederatedTypeError: `partition` is no function, or gives something else than rows of clients.
 
     Examples:
       >>> import numpy as np
@@ -80,7 +85,12 @@ def from_arrays(
       >>> data.num_examples.tolist()
       [4, 3, 3]
     """
-    columns = {feature: np.asarray(x) for feature, x in examples.items()}
+    _check_partition(partition)
+    if not isinstance(examples, Mapping):
+        raise DataError(
+            f"{name}: expected a dict of feature name -> array, got {type(examples).__name__}"
+        )
+    columns = {feature: checks.to_array(feature, x, name) for feature, x in examples.items()}
     checks.check_rows(columns, name)
     kept = _kept_features(columns, features)
     groups = partition(columns, np.random.default_rng(checks.checked_seed(seed)))
@@ -96,7 +106,7 @@ def _client_arrays(client_id: str, examples: Mapping[str, Any]) -> dict[str, np.
             f"{type(examples).__name__}"
         )
     where = f"client {client_id!r}"
-    arrays = {n: checks.canonical(n, np.asarray(x), where) for n, x in examples.items()}
+    arrays = {n: np.asarray(checks.canonical(n, x, where)) for n, x in examples.items()}
     checks.check_rows(arrays, where)
     return arrays
 
@@ -133,20 +143,42 @@ def _kept_features(columns: dict[str, np.ndarray], features: Iterable[str] | Non
     return kept
 
 
-def _checked_groups(
-    groups: Mapping[str, np.ndarray], num_examples: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked_groups(groups: Mapping[str, Any], num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of all clients one after the other, and how many each has."""
+    if not isinstance(groups, Mapping):
+        raise FederatedTypeError(
+            "a partition returns {client id: row numbers of the examples it got}; got "
+            f"{type(groups).__name__}"
+        )
     if not groups:
         raise DataError("the partition made no clients; give it at least one example")
-    rows = np.concatenate([np.asarray(r, np.int64) for r in groups.values()])
-    sizes = np.asarray([len(r) for r in groups.values()], np.int64)
-    if len(rows) and not 0 <= rows.min() <= rows.max() < num_examples:
-        client_id = next(
-            i for i, r in groups.items() if len(r) and not 0 <= min(r) <= max(r) < num_examples
+    rows = [_checked_rows(client_id, x, num_examples) for client_id, x in groups.items()]
+    return np.concatenate(rows), np.asarray([len(x) for x in rows], np.int64)
+
+
+def _check_partition(partition: Any) -> None:
+    uncalled = [f.__name__ for f in _PARTITIONERS if partition is f]
+    if uncalled or not callable(partition):
+        got = f"partition.{uncalled[0]} itself" if uncalled else repr(partition)
+        raise FederatedTypeError(
+            "partition: expected a function (examples, rng) -> {client id: row numbers}, such as "
+            f"partition.iid(10), got {got}; call a partitioner with its settings"
         )
+
+
+def _checked_rows(client_id: str, values: Any, num_examples: int) -> np.ndarray:
+    """The rows that a partition gives to one client: int64 ``[rows]``."""
+    rows = checks.to_array("rows", values, f"the partition's client {client_id!r}")
+    # An empty list is of floats.
+    is_integer = rows.dtype.kind in "iu" or not rows.size
+    if rows.ndim != 1 or not is_integer:
+        raise FederatedTypeError(
+            f"the partition gives client {client_id!r} {rows.dtype}{list(rows.shape)}, expected "
+            "one axis of integer row numbers; np.flatnonzero turns a mask into them"
+        )
+    if rows.size and not 0 <= rows.min() <= rows.max() < num_examples:
         raise DataError(
             f"the partition gives client {client_id!r} rows outside 0..{num_examples - 1}; a "
             "partition returns {client id: row numbers of the examples it got}"
         )
-    return rows, sizes
+    return rows.astype(np.int64)

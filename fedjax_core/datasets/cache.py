@@ -22,9 +22,15 @@ def cache_folder(data_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for prepared data: `data_dir`, else $FEDJAX_CORE_CACHE, else ~/.cache/fedjax_core.
 
     It is not created: data that is already prepared may lie on a read-only disk.
+
+    Raises:
+      StorageError: no folder can have this name.
     """
     chosen = data_dir or os.environ.get(ENVIRONMENT_VARIABLE) or "~/.cache/fedjax_core"
-    return Path(chosen).expanduser().absolute()
+    folder = Path(chosen).expanduser().absolute()
+    if "\0" in str(folder):
+        raise StorageError(f"no folder has a NUL in its name, got {str(folder)!r}; {_REMEDY}")
+    return folder
 
 
 def make_writable(folder: Path) -> Path:
@@ -77,7 +83,9 @@ def prepared(
     """
     text = json.dumps(settings, sort_keys=True)
     folder = parent / name / hashlib.sha256(text.encode()).hexdigest()[:16]
-    if folder.is_dir():
+    with writing_to(folder):
+        is_there = folder.is_dir()
+    if is_there:
         _check_complete(folder, json.loads(text))
         return folder
     make_writable(folder.parent)

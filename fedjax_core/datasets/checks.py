@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,52 @@ import numpy as np
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 
 
+def to_array(name: str, values: Any, where: str = "") -> np.ndarray:
+    """The values of a feature as an array; one that is memory-mapped stays so.
+
+    Raises:
+      DataError: they are ragged, or have a mask, which would be lost.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise DataError(
+            f"{_label(name, where)}: expected plain arrays, got a masked array; fill it "
+            "(`array.filled(value)`) or leave out the masked examples"
+        )
+    try:
+        return values if isinstance(values, np.memmap) else exact_text(np.asarray(values), values)
+    except ValueError as error:
+        raise DataError(
+            f"{_label(name, where)}: expected values of one shape, one an example, got ragged or "
+            f"mixed ones ({error}); pad them to one shape"
+        ) from error
+
+
+def exact_text(array: np.ndarray, values: Any) -> np.ndarray:
+    """`array`, or the same as objects if it has lost NULs at the end of text, as NumPy's text does.
+
+    Args:
+      array: what NumPy made of `values`.
+      values: maybe a list of str or bytes.
+    """
+    if array.dtype.kind not in "SU" or isinstance(values, np.ndarray):
+        return array
+    objects = np.asarray(values, object)
+    mixed = len({type(x) for x in objects.flat}) > 1
+    return objects if mixed or (objects != array).any() else array
+
+
+def _label(name: str, where: str) -> str:
+    return f"{where}, feature {name!r}" if where else f"feature {name!r}"
+
+
 def canonical(name: str, array: np.ndarray, where: str = "") -> np.ndarray:
     """`array` in the dtype that JAX would give it: 64-bit numbers become 32-bit unless x64 is on.
 
     Raises:
       DataError: the dtype is none that JAX knows, or an integer does not fit into 32 bits.
     """
-    array = np.asanyarray(array)
-    label = f"{where}, feature {name!r}" if where else f"feature {name!r}"
+    array = to_array(name, array, where)
+    label = _label(name, where)
     # bfloat16 and its kin are of no kind that NumPy knows, hence the second question.
     if array.dtype.kind not in "biufc" and not jnp.issubdtype(array.dtype, np.floating):
         raise DataError(

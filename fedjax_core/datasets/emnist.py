@@ -70,7 +70,8 @@ def load_emnist(
 
 def _local_copy(folder: Path) -> Path | None:
     places = [place / name for place in (folder, folder / "downloads") for name in _FILE_NAMES]
-    return next((place for place in places if place.is_file()), None)
+    with cache.writing_to(folder):
+        return next((place for place in places if place.is_file()), None)
 
 
 def _existing(path: Path) -> Path:

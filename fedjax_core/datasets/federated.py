@@ -191,6 +191,7 @@ class FederatedDataset:
 def _padded_size(num_clients: int | None, num_ids: int) -> int:
     if num_clients is None:
         return num_ids
+    num_clients = checks.checked_count("num_clients", num_clients)
     if num_clients < num_ids:
         raise ArgumentError(
             f"num_clients is the padded size of the cohort: expected at least the {num_ids} ids "

@@ -17,6 +17,10 @@ import numpy as np
 from fedjax_core.datasets import checks
 from fedjax_core.errors import DataError
 
+# No mix of classes drawn with a larger one differs from the mean by an example; sums of larger ones
+# overflow in the generator.
+_LARGEST_ALPHA = 1e15
+
 Partition = Callable[[Mapping[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
 
 
@@ -33,7 +37,7 @@ def iid(num_clients: int) -> Partition:
       >>> {client: len(rows) for client, rows in groups.items()}
       {'client_0': 3, 'client_1': 2}
     """
-    checks.checked_count("num_clients", num_clients)
+    num_clients = checks.checked_count("num_clients", num_clients)
 
     def split(
         examples: Mapping[str, np.ndarray], rng: np.random.Generator
@@ -82,8 +86,8 @@ def dirichlet(
       Yurochkin et al. Bayesian nonparametric federated learning of neural networks. ICML 2019.
       arXiv:1905.12022.
     """
-    checks.checked_count("num_clients", num_clients)
-    alpha = checks.checked_fraction("alpha", alpha, high=np.inf)
+    num_clients = checks.checked_count("num_clients", num_clients)
+    alpha = min(checks.checked_fraction("alpha", alpha, high=np.inf), _LARGEST_ALPHA)
 
     def split(
         examples: Mapping[str, np.ndarray], rng: np.random.Generator
@@ -113,8 +117,8 @@ def shards(num_clients: int, shards_per_client: int = 2, by: str = "label") -> P
       McMahan et al. Communication-efficient learning of deep networks from decentralized data.
       AISTATS 2017. arXiv:1602.05629, section 3.
     """
-    checks.checked_count("num_clients", num_clients)
-    checks.checked_count("shards_per_client", shards_per_client)
+    num_clients = checks.checked_count("num_clients", num_clients)
+    shards_per_client = checks.checked_count("shards_per_client", shards_per_client)
     num_shards = num_clients * shards_per_client
 
     def split(
@@ -194,19 +198,20 @@ def _labels(examples: Mapping[str, np.ndarray], by: str) -> np.ndarray:
 
 
 def _keys(examples: Mapping[str, np.ndarray], key: Any) -> np.ndarray:
-    keys = _feature(examples, key) if isinstance(key, str) else np.asarray(key)
+    keys = _feature(examples, key) if isinstance(key, str) else checks.to_array("key", key)
     num_examples = _num_examples(examples)
     if keys.shape != (num_examples,):
         raise DataError(
             f"by_key needs one key for each of the {num_examples} examples, got an array of shape "
             f"{list(keys.shape)}"
         )
-    if keys.dtype.kind == "O" and all(isinstance(k, str) for k in keys):
-        keys = keys.astype(str)
-    if keys.dtype.kind == "O" and all(isinstance(k, bytes) for k in keys):
-        keys = keys.astype(bytes)
-    if keys.dtype.kind not in "iubSU":
-        raise DataError(f"by_key needs integers, booleans, str or bytes, got dtype {keys.dtype}")
+    # Text stays as objects where it is so: NumPy's own text has no NULs at its end.
+    is_object = keys.dtype.kind == "O"
+    is_text = is_object and any(all(isinstance(k, kind) for k in keys) for kind in (str, bytes))
+    if keys.dtype.kind not in "iubSU" and not is_text:
+        raise DataError(
+            f"by_key needs keys that are all integers, booleans, str or bytes, got {keys.dtype}"
+        )
     return keys
 
 
@@ -245,7 +250,7 @@ def _draw_mixes(
     available = np.asarray([len(pool) for pool in pools])
     groups = []
     for size in sizes:
-        taken = _draw_counts(rng.dirichlet(concentration), available - used, size, rng)
+        taken = _draw_counts(_draw_shares(concentration, rng), available - used, size, rng)
         ends = used + taken
         groups.append(np.concatenate([p[a:b] for p, a, b in zip(pools, used, ends, strict=True)]))
         used = ends
@@ -271,13 +276,23 @@ def _draw_counts(
     return taken
 
 
+def _draw_shares(concentration: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shares drawn from a Dirichlet distribution, of finite numbers that sum to 1."""
+    shares = rng.dirichlet(concentration)
+    if np.isfinite(shares).all() and shares.sum() > 0:
+        return shares
+    # All draws underflowed: in that limit one share is all, each as probable as its concentration.
+    odds = concentration / concentration.max()
+    return np.eye(len(odds))[rng.choice(len(odds), p=odds / odds.sum())]
+
+
 def _cut_classes(
     pools: list[np.ndarray], num_clients: int, alpha: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Each class cut among all clients in proportions drawn from a symmetric Dirichlet."""
     pieces = []
     for pool in pools:
-        shares = rng.dirichlet(np.full(num_clients, alpha))
+        shares = _draw_shares(np.full(num_clients, alpha), rng)
         cuts = np.rint(np.cumsum(shares)[:-1] * len(pool)).astype(np.int64)
         pieces.append(np.split(pool, cuts))
     return [np.concatenate(client) for client in zip(*pieces, strict=True)]

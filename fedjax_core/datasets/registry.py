@@ -70,7 +70,7 @@ def load(name: str, **settings: Any) -> Splits:
     Examples:
       >>> train, test = load("digits", num_clients=10)  # doctest: +SKIP
     """
-    if name not in _SOURCES:
+    if not isinstance(name, str) or name not in _SOURCES:
         close = difflib.get_close_matches(str(name), _SOURCES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "for other sets see from_tfds"
         raise ArgumentError(f"no dataset {name!r}, there are {list(_SOURCES)}; {hint}")

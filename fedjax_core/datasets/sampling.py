@@ -6,6 +6,7 @@ import numpy as np
 
 from fedjax_core.datasets import checks
 from fedjax_core.datasets.federated import FederatedDataset
+from fedjax_core.datasets.splits import check_dataset
 from fedjax_core.errors import DataError
 
 Sampler = Callable[[int], list[str]]
@@ -25,6 +26,7 @@ def uniform(dataset: FederatedDataset, clients_per_round: int, seed: int = 0) ->
       be resumed, and it gives the same clients with every version of NumPy.
 
     Raises:
+      FederatedTypeError: `dataset` is no `FederatedDataset`.
       DataError: more clients a round than the dataset has.
       ArgumentError: a negative seed or round, or less than one client a round.
 
@@ -35,6 +37,7 @@ def uniform(dataset: FederatedDataset, clients_per_round: int, seed: int = 0) ->
       >>> len(set(sample(7))), sample(7) == sample(7)
       (3, True)
     """
+    check_dataset(dataset, "sampling.uniform")
     size = checks.checked_count("clients_per_round", clients_per_round)
     seed = checks.checked_seed(seed)
     if size > dataset.num_clients:

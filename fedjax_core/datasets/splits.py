@@ -7,6 +7,7 @@ import numpy as np
 from fedjax_core.datasets import checks
 from fedjax_core.datasets import cohort as cohorts
 from fedjax_core.datasets.federated import FederatedDataset
+from fedjax_core.errors import FederatedTypeError
 
 
 class Splits(NamedTuple):
@@ -19,6 +20,15 @@ class Splits(NamedTuple):
 
     train: FederatedDataset
     test: FederatedDataset
+
+
+def check_dataset(dataset: object, where: str) -> None:
+    """Raises a FederatedTypeError, begun with `where`, unless this is a `FederatedDataset`."""
+    if not isinstance(dataset, FederatedDataset):
+        remedy = "pass .train" if isinstance(dataset, Splits) else "make one with from_clients"
+        raise FederatedTypeError(
+            f"{where}: expected a FederatedDataset, got {type(dataset).__name__}; {remedy}"
+        )
 
 
 def holdout(dataset: FederatedDataset, fraction: float, seed: int = 0) -> Splits:
@@ -45,6 +55,7 @@ def holdout(dataset: FederatedDataset, fraction: float, seed: int = 0) -> Splits
       >>> splits.train.num_examples.tolist(), splits.test.num_examples.tolist()
       ([8, 1], [2, 0])
     """
+    check_dataset(dataset, "holdout")
     fraction = checks.checked_fraction("fraction", fraction)
     sizes = dataset.num_examples
     held = np.floor(fraction * sizes + 0.5).astype(np.int64)

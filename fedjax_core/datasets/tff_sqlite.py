@@ -133,7 +133,19 @@ def _clients(connection: sqlite3.Connection, split: str) -> tuple[tuple[str, ...
             "client_metadata needs one row for each client id (text) with its num_examples (at "
             f"least 0), got {bad[:3] or 'a client twice'}; get the file again"
         )
+    _check_total(connection, split, sum(row[1] for row in rows))
     return tuple(row[0] for row in rows), np.asarray([row[1] for row in rows], np.int64)
+
+
+def _check_total(connection: sqlite3.Connection, split: str, stated: int) -> None:
+    """The split has the examples that it states: what is stated is what will be allocated."""
+    query = "SELECT COUNT(*) FROM examples WHERE split_name = ?"
+    (found,) = connection.execute(query, (split,)).fetchone()
+    if stated > found:
+        raise StorageError(
+            f"the split {split!r} has {stated - found} examples less than client_metadata states; "
+            "the file is incomplete, get it again"
+        )
 
 
 def _chunks(connection: sqlite3.Connection, split: str, total: int) -> Iterator[list[Row]]:
@@ -157,7 +169,8 @@ def _decoded(rows: list[Row], decode: Decode | None) -> dict[str, np.ndarray]:
     if decode is None:
         _check_numbers(parsed[0])
         return _default_decoded(_columns(rows, parsed))
-    columns = _columns(rows, [_applied(decode, features) for features in parsed])
+    decoded = [_applied(decode, *x) for x in zip(rows, parsed, strict=True)]
+    columns = _columns(rows, decoded)
     return {name: checks.canonical(name, column) for name, column in columns.items()}
 
 
@@ -170,13 +183,14 @@ def _check_numbers(features: dict[str, Any]) -> None:
         )
 
 
-def _applied(decode: Decode, features: dict[str, Any]) -> dict[str, np.ndarray]:
+def _applied(decode: Decode, row: Row, features: dict[str, Any]) -> dict[str, np.ndarray]:
     decoded = decode(features)
     if not isinstance(decoded, Mapping):
         raise DataError(
             f"decode must return a dict of feature name -> array, got {type(decoded).__name__}"
         )
-    return {name: np.asarray(value) for name, value in decoded.items()}
+    where = f"decode of an example of client {row[0]!r}"
+    return {name: checks.to_array(name, value, where) for name, value in decoded.items()}
 
 
 def _parsed(client_id: str, blob: bytes) -> dict[str, Any]:

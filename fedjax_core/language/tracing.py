@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
 from fedjax_core.errors import ContextError, FederatedTypeError, PlacementError
 from fedjax_core.language import types
@@ -254,8 +256,7 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
     name = name_of(function)
     with _building() as builder:
         arguments = tuple(_declare(builder, t) for t in parameters)
-        # A program outlives the transformation that it may happen to be traced in.
-        with jax.ensure_compile_time_eval():
+        with _outside_of_jax_traces():
             result = function(*arguments)
         _check_result(result, name)
         is_value = lambda x: isinstance(x, Value)  # noqa: E731
@@ -269,6 +270,15 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
                 pack_parameters(function, parameters), _result_type(result)
             ),
         )
+
+
+def _outside_of_jax_traces() -> contextlib.AbstractContextManager[None]:
+    """Keeps tracers out of a program, which outlives the JAX transformation it may be traced in.
+
+    Only where there is one: evaluating everything at once makes tracing several times slower.
+    """
+    is_tracing = isinstance(jnp.zeros(()), Tracer)
+    return jax.ensure_compile_time_eval() if is_tracing else contextlib.nullcontext()
 
 
 def _declare(builder: Builder, t: Type) -> Any:

@@ -8,7 +8,7 @@ file: `load` is given a tree of the same structure, and every leaf is checked ag
 
 import hashlib
 import pathlib
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
     from flax import serialization
 
     leaves = {
-        at: {"type": _describe(leaf)[0], "data": _to_host(at, leaf)}
+        at: {"data": _to_host(at, leaf), "type": _describe(leaf)[0]}
         for at, leaf in _named_leaves(tree)
     }
     body = serialization.msgpack_serialize(leaves)
@@ -116,7 +116,14 @@ def _to_host(at: str, leaf: Any) -> np.ndarray:
             f"expected arrays, JAX keys and numbers, got {type(leaf).__name__} at {at}; "
             "leave it out of the tree that is saved."
         )
-    return array
+    # bfloat16 and its kin are of the same kind, but of types of their own.
+    if array.dtype.type is np.void:
+        raise FederatedTypeError(
+            f"expected arrays of numbers, got dtype {array.dtype} at {at}; save each of its fields "
+            "as an array of its own."
+        )
+    # The file names a dtype without its byte order.
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _as_in(like: Any, array: np.ndarray) -> Any:
@@ -139,7 +146,31 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             f"expected a file that `save` wrote, got {path} ({error.strerror}); check the path."
         ) from error
     _check_header(path, header, hashlib.sha256(body).hexdigest())
-    return cast(dict[str, Any], serialization.msgpack_restore(body))
+    try:
+        leaves = serialization.msgpack_restore(body)
+    # A checksum is no proof of who wrote the file, and the reader raises errors of many kinds.
+    except Exception as error:
+        raise _unreadable(path) from error
+    if not isinstance(leaves, dict) or not all(map(_is_stored_leaf, leaves.values())):
+        raise _unreadable(path)
+    return leaves
+
+
+def _is_stored_leaf(value: Any) -> bool:
+    """Whether this is what `save` makes of a leaf, its data of the dtype that its type says."""
+    if not isinstance(value, dict) or value.keys() != {"type", "data"}:
+        return False
+    kind, data = value["type"], value["data"]
+    if not isinstance(kind, str) or not isinstance(data, np.ndarray):
+        return False
+    return data.dtype.name == ("uint32" if kind.startswith("key ") else kind)
+
+
+def _unreadable(path: pathlib.Path) -> StorageError:
+    return StorageError(
+        f"expected a file that `save` wrote, got {path}, whose content is something else; use "
+        "another copy or save it again."
+    )
 
 
 def _check_header(path: pathlib.Path, header: bytes, digest: str) -> None:

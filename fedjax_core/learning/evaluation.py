@@ -9,7 +9,10 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_core.errors import ArgumentError, DataError
+from fedjax_core.datasets.cohort import Cohort
+from fedjax_core.datasets.federated import FederatedDataset
+from fedjax_core.datasets.splits import Splits
+from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 from fedjax_core.learning.features import check_feature, check_lengths, check_names
 from fedjax_core.learning.metrics import Mean, Sum, merge
 from fedjax_core.learning.models import LossFn, Model, Stats
@@ -37,7 +40,9 @@ def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dic
     Raises:
       DataError: there are no examples, a feature is missing, features differ in length, or a label
         is not one of the model's classes.
-      FederatedTypeError: a feature has another shape or dtype than the model takes.
+      FederatedTypeError: a feature has another shape or dtype than the model takes, `params` are no
+        variables, or `data` is neither features nor a dataset (a `Cohort` holds rows that only pad
+        it).
       ArgumentError: `batch_size` is not a positive integer.
 
     >>> from fedjax_core.models import linear
@@ -47,8 +52,13 @@ def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dic
     >>> evaluate(model, zeros, data, batch_size=2)["accuracy"]
     0.6
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, int | np.integer)
+        or batch_size < 1
+    ):
         raise ArgumentError(f"batch_size must be a positive integer; got {batch_size!r}.")
+    _check_params(params)
     examples = _to_features(data)
     check_examples(model, examples, where="evaluate")
     examples = {name: examples[name] for name in model.input_spec}
@@ -60,14 +70,33 @@ def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dic
     return _finish_on_host(_sum_over_batches(model.loss, params, examples, num_examples, size))
 
 
+_REMEDIES: dict[type, str] = {
+    Cohort: " Pass the dataset of these clients: dataset.select(ids).",
+    Splits: " Pass one of its parts, such as its `.test`.",
+}
+
+
 def _to_features(data: Any) -> Mapping[str, Any]:
-    features = getattr(data, "examples", data)
-    if not isinstance(features, Mapping):
-        raise DataError(
+    if isinstance(data, FederatedDataset):
+        return data.examples
+    if not isinstance(data, Mapping):
+        raise FederatedTypeError(
             "evaluate: data must be a dict of arrays with a common leading axis, or a "
-            f"FederatedDataset; got {type(data).__name__}."
+            f"FederatedDataset; got {type(data).__name__}.{_REMEDIES.get(type(data), '')}"
         )
-    return features
+    return data
+
+
+def _check_params(params: Any) -> None:
+    """Raises for a state, None, an algorithm: what is passed by mistake for a model's variables."""
+    is_state = isinstance(params, tuple) and hasattr(params, "params")
+    leaves = jax.tree.leaves(params)
+    kinds = jax.Array | np.ndarray | np.number | np.bool_ | int | float
+    if params is None or is_state or not all(isinstance(x, kinds) for x in leaves):
+        raise FederatedTypeError(
+            "evaluate: params must be the variables of the model, a pytree of arrays; got "
+            f"{type(params).__name__}. Pass state.params, of the state that a training returned."
+        )
 
 
 def _batches(

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
-from fedjax_core.errors import ArgumentError
+from fedjax_core.datasets.splits import Splits
+from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.learning.algorithm import Algorithm, State
 from fedjax_core.learning.history import History, Numbers, RoundRecord, flat_numbers
 from fedjax_core.learning.interrupts import deferred_interrupt
@@ -61,6 +63,8 @@ def train(
       The state after the last completed round, and the history.
 
     Raises:
+      FederatedTypeError: `dataset` is no dataset (such as both parts of one), or `sampler` no
+        function.
       ArgumentError: `key` and `state` are both given or both missing, or a number is negative.
 
     Example:
@@ -69,6 +73,7 @@ def train(
       ...     algorithm, dataset, sampler, num_rounds=60, key=jax.random.key(0)
       ... )
     """
+    _check_source(dataset, sampler)
     _check_count("num_rounds", num_rounds)
     _check_count("evaluate_every", evaluate_every)
     state = _initial_state(algorithm, key, state)
@@ -105,8 +110,21 @@ def _initial_state(algorithm: Algorithm, key: jax.Array | None, state: State | N
     )
 
 
+def _check_source(dataset: Any, sampler: Any) -> None:
+    if isinstance(dataset, Splits) or not hasattr(dataset, "cohort"):
+        remedy = "pass its `.train`" if isinstance(dataset, Splits) else "see fedjax_core.datasets"
+        raise FederatedTypeError(
+            f"expected `dataset` to be a FederatedDataset, got {type(dataset).__name__}; {remedy}."
+        )
+    if not callable(sampler):
+        raise FederatedTypeError(
+            "expected `sampler` to be a function from the number of a round to client ids, such as "
+            f"sampling.uniform(dataset, 10), got {type(sampler).__name__}."
+        )
+
+
 def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ArgumentError(f"expected `{name}` to be an integer of at least 0, got {value!r}.")
 
 

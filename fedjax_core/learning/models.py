@@ -264,6 +264,11 @@ def _to_metrics(
         return (
             {"accuracy": functools.partial(accuracy, label_key=label_key)} if is_classifier else {}
         )
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(
+            "metrics must map names to functions (predictions, batch, mask) -> Mean or Sum, like "
+            f'{{"accuracy": accuracy}}; got {metrics!r}.'
+        )
     for name, metric in metrics.items():
         if name in _RESERVED or not callable(metric):
             raise ArgumentError(
@@ -276,7 +281,11 @@ def _to_metrics(
 def _check_num_classes(num_classes: int | None, spec: Mapping[str, Any], label_key: str) -> None:
     if num_classes is None:
         return
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    if (
+        isinstance(num_classes, bool)
+        or not isinstance(num_classes, int | np.integer)
+        or num_classes < 1
+    ):
         raise ArgumentError(f"num_classes must be a positive integer or None; got {num_classes!r}.")
     check_names(spec, (label_key,), where="input_spec")
 
@@ -288,6 +297,29 @@ def _checked_losses(losses: Any, mask: Array) -> Array:
             f"{list(jnp.shape(losses))}. Leave out the mean over the batch, it is taken here."
         )
     return losses
+
+
+def _checked_stat(name: str, stat: Any) -> Mean | Sum:
+    """A metric's result as it can be added up: scalars of at least 32 bits."""
+    if not isinstance(stat, Mean | Sum):
+        raise FederatedTypeError(
+            f"metric {name!r} must give a Mean or a Sum of scalars; got {type(stat).__name__}. "
+            "Return metrics.Mean.of(values, mask), or metrics.Sum(total)."
+        )
+    return type(stat)(*(_wide_scalar(name, total) for total in stat))
+
+
+def _wide_scalar(name: str, total: Any) -> Array:
+    shape, dtype = jnp.shape(total), jnp.result_type(total)
+    is_float = jnp.issubdtype(dtype, jnp.floating)
+    if shape or not (is_float or dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+        raise FederatedTypeError(
+            f"metric {name!r} must give a Mean or a Sum of real scalars; got one of "
+            f"{dtype}{list(shape)}. Sum over the batch, and give each entry a metric of its own."
+        )
+    # Sums over many batches would wrap around or overflow in fewer bits.
+    is_narrow = dtype.itemsize < 4
+    return jnp.asarray(total, (jnp.float32 if is_float else jnp.int32) if is_narrow else dtype)
 
 
 def _model(
@@ -316,7 +348,7 @@ def _model(
         mean_loss = Mean.of(_checked_losses(loss(predictions, filled), mask), mask)
         stats: Stats = {"loss": mean_loss, **_counts(mask)}
         for name, measure in measures.items():
-            stats[name] = measure(predictions, filled, mask)
+            stats[name] = _checked_stat(name, measure(predictions, filled, mask))
         return mean_loss.result(), (stats, _unless_empty(mask, after, variables))
 
     def predict(variables: Any, batch: Features) -> Any:

@@ -47,13 +47,22 @@ def log_folder(folder: str | pathlib.Path, *, overwrite: bool = False) -> pathli
       StorageError: the folder holds something and `overwrite` is false, or it cannot be made or
         written.
     """
-    folder = pathlib.Path(folder)
+    folder = check_log_folder(folder, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_free = not any(folder.iterdir())
         for path in _own_files(folder) if overwrite else ():
             path.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        raise unwritable(folder, error) from error
+    return folder
+
+
+def check_log_folder(folder: str | pathlib.Path, *, overwrite: bool = False) -> pathlib.Path:
+    """Raises as `log_folder` does for a folder in use; makes and removes nothing."""
+    folder = pathlib.Path(folder)
+    try:
+        is_free = not folder.exists() or not any(folder.iterdir())
+    except (OSError, ValueError) as error:
         raise unwritable(folder, error) from error
     if not (is_free or overwrite):
         raise StorageError(
