@@ -495,7 +495,7 @@ def test_state_of_another_model_is_refused_by_leaf():
         {"server_optimizer": 1.0},
         {"execution": "stacked"},
     ],
-    ids=str,
+    ids=["number", "not called", "server", "execution"],
 )
 def test_parts_of_another_kind_are_refused(keywords):
     with pytest.raises(ArgumentError, match=r"Expected"):
