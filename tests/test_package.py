@@ -65,7 +65,7 @@ def _python(code: str, folder: pathlib.Path, *flags: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     # A copy is built: in the tree itself a stale build/lib would end up in the wheel.
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fedjax_core_command.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("fedjax_core", "algorithms", "compression"):
         skip = shutil.ignore_patterns("__pycache__")
@@ -79,15 +79,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {
-        "fedjax_core",
-        "fedjax_core_command.py",
-    }
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fedjax_core"}
     held = {name.removesuffix(".py").replace("/", ".") for name in names if name.endswith(".py")}
-    assert {name.removesuffix(".__init__") for name in held} == {
-        *_modules(),
-        "fedjax_core_command",
-    }
+    assert {name.removesuffix(".__init__") for name in held} == set(_modules())
     assert "fedjax_core/py.typed" in names
 
 

@@ -1,7 +1,9 @@
 """Entry of the command line: reads the arguments, runs the command, shows errors as one line."""
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fedjax_core.cli import options
 from fedjax_core.errors import FedjaxError
@@ -35,6 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = getattr(command, "log_dir", None)
         print(f"interrupted; logs, if any, are in {folder}" if folder else "interrupted")
         return _INTERRUPTED
+
+
+def run() -> NoReturn:
+    """The console script: `main`, and out."""
+    code = main()
+    if code == _INTERRUPTED:
+        # Python's own way out may crash where Ctrl-C cut JAX short in the middle of a compilation.
+        # All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _parse(arguments: Sequence[str] | None) -> options.Command:

@@ -86,7 +86,8 @@ def check(settings: Training) -> None:
     Raises:
       ArgumentError: a number is out of range.
     """
-    checked_count("--rounds", settings.rounds, least=isinstance(settings, Demo))
+    # The demo has nothing to compare without a round.
+    checked_count("--rounds", settings.rounds, least=1 if isinstance(settings, Demo) else 0)
     checked_count("--evaluate-every", settings.evaluate_every, least=0)
     checked_count("--seed", settings.seed, least=0)
     if settings.seed > _MAX_SEED:

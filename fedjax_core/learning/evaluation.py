@@ -20,6 +20,12 @@ from fedjax_core.learning.models import LossFn, Model, Stats
 # Batches on their way to the device: enough to keep it busy, few enough to fit any memory.
 _BATCHES_IN_FLIGHT = 2
 
+# For what is no data, but close to it.
+_REMEDIES: dict[type, str] = {
+    Cohort: " Pass the dataset of these clients: dataset.select(ids).",
+    Splits: " Pass one of its parts, such as its `.test`.",
+}
+
 
 def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dict[str, float]:
     """Loss and metrics of a model over all examples.
@@ -38,11 +44,11 @@ def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dic
       The metrics by name: "loss" (mean over examples), "num_examples", and the model's own.
 
     Raises:
-      DataError: there are no examples, a feature is missing, features differ in length, or a label
-        is not one of the model's classes.
-      FederatedTypeError: a feature has another shape or dtype than the model takes, `params` are no
-        variables, or `data` is neither features nor a dataset (a `Cohort` holds rows that only pad
-        it).
+      DataError: `data` is neither features nor a dataset (a `Cohort` holds rows that only pad it),
+        there are no examples, a feature is missing, features differ in length, or a label is not
+        one of the model's classes.
+      FederatedTypeError: a feature has another shape or dtype than the model takes, or `params` are
+        no variables.
       ArgumentError: `batch_size` is not a positive integer.
 
     >>> from fedjax_core.models import linear
@@ -70,17 +76,11 @@ def evaluate(model: Model, params: Any, data: Any, batch_size: int = 500) -> dic
     return _finish_on_host(_sum_over_batches(model.loss, params, examples, num_examples, size))
 
 
-_REMEDIES: dict[type, str] = {
-    Cohort: " Pass the dataset of these clients: dataset.select(ids).",
-    Splits: " Pass one of its parts, such as its `.test`.",
-}
-
-
 def _to_features(data: Any) -> Mapping[str, Any]:
     if isinstance(data, FederatedDataset):
         return data.examples
     if not isinstance(data, Mapping):
-        raise FederatedTypeError(
+        raise DataError(
             "evaluate: data must be a dict of arrays with a common leading axis, or a "
             f"FederatedDataset; got {type(data).__name__}.{_REMEDIES.get(type(data), '')}"
         )

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from fedjax_core.learning import checkpoints
 from fedjax_core.learning.evaluation import evaluate
 from fedjax_core.learning.history import History, RoundRecord
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = ["--rounds", "2", "--clients-per-round", "3", "--num-clients", "5"]
 
 
@@ -116,7 +118,14 @@ def test_a_used_folder_is_refused_in_one_line(tmp_path, capsys):
     [
         ("--bits", "17", "bits"),
         ("--clients-per-round", "6", "clients"),
-        ("--rounds", "-1", "num_rounds"),
+        ("--rounds", "-1", "--rounds"),
+        ("--seed", "-1", "--seed"),
+        ("--seed", str(2**63), "--seed"),
+        ("--evaluate-every", "-1", "--evaluate-every"),
+        ("--client-learning-rate", "nan", "--client-learning-rate"),
+        ("--server-learning-rate", "-1", "--server-learning-rate"),
+        ("--num-clients", "0", "num_clients"),
+        ("--data-dir", "x" * 300, "data_dir"),
         ("--batch-size", "0", "batch_size"),
         ("--save", "/dev/null/state", "/dev/null/state"),
     ],
@@ -125,6 +134,35 @@ def test_bad_values_end_with_2_and_a_word_on_what_is_wrong(tmp_path, capsys, opt
     assert train(tmp_path, "--uplink", "quantize", option, value) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert word in line
+    # The corrected command finds nothing in its way.
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_saved_state_is_never_lost(tmp_path, capsys):
+    saved = tmp_path / "state"
+    saved.write_bytes(b"of long ago")
+    assert train(tmp_path / "a", "--save", str(saved)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    # Fails once the data is there, because 6 of 5 clients are asked for.
+    assert train(tmp_path / "b", "--save", str(saved), "--overwrite", "--clients-per-round", "6")
+    assert saved.read_bytes() == b"of long ago"
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert train(tmp_path / "c", "--save", str(saved), "--overwrite") == 0
+    assert saved.read_bytes() != b"of long ago"
+
+
+def test_an_interruption_before_the_first_round_saves_nothing(tmp_path, capsys):
+    saved = tmp_path / "state"
+    saved.write_bytes(b"of long ago")
+    training.save(saved, {}, History((), interrupted=True))
+    assert saved.read_bytes() == b"of long ago"
+    assert "nothing was trained" in capsys.readouterr().out
+
+
+def test_a_demo_of_no_rounds_is_an_error(tmp_path, capsys):
+    assert main(["demo", "--log-dir", str(tmp_path / "logs"), "--rounds", "0"]) == 2
+    assert "--rounds: expected an integer of at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, capsys):

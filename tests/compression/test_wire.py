@@ -107,3 +107,14 @@ def test_folder_on_the_path_stands_in_for_the_standard_library(monkeypatch):
     spec.loader.exec_module(module)
     assert module.__path__ == [str(pathlib.Path(sysconfig.get_path("stdlib"), "compression"))]
     assert not hasattr(module, "Codec")
+
+
+def test_only_bytes_are_read():
+    codec = identity()
+    _, message = codec.encode(KEYS, (), (), np.arange(3.0))
+    data = to_bytes(codec, message)
+    for same in (bytearray(data), memoryview(data)):
+        np.testing.assert_array_equal(from_bytes(codec, same, message).payload, np.arange(3.0))
+    for wrong in ("abc", [1], None, np.frombuffer(data, np.uint8), 24):
+        with pytest.raises(CodecError, match=r"expected the bytes of a message, got"):
+            from_bytes(codec, wrong, message)

@@ -288,3 +288,65 @@ def test_cohort_of_many_clients_is_quick():
     cohort = data.cohort(data.client_ids[5_000:15_000])
     assert time.perf_counter() - begin < 1.0
     np.testing.assert_array_equal(cohort.examples["x"][:30_000], np.arange(15_000, 45_000))
+
+
+@pytest.mark.parametrize("size", [2.5, "3", True])
+def test_a_padded_size_is_an_integer(size):
+    with pytest.raises(FederatedTypeError, match="num_clients: expected an integer"):
+        _sized([1, 2]).cohort(["0000"], num_clients=size)
+
+
+def test_a_padded_size_may_be_counted_by_numpy():
+    assert _sized([1, 2]).cohort(["0000"], num_clients=np.int64(4)).num_clients == 4
+
+
+@pytest.mark.parametrize("values", [[[1, 2], [3]], np.ma.array([1.0, 2.0], mask=[0, 1])])
+def test_ragged_and_masked_features_are_named(values):
+    with pytest.raises(DataError, match=r"client 'a', feature 'x': .*(ragged|fill)"):
+        datasets.from_clients({"b": {"x": [1.0]}, "a": {"x": values}})
+    with pytest.raises(DataError, match=r"arrays, feature 'x': .*(ragged|fill)"):
+        datasets.from_arrays({"x": values}, partition=datasets.partition.iid(1))
+    with pytest.raises(DataError, match=r"feature 'x': .*(ragged|fill)"):
+        FederatedDataset({"x": values}, np.array([0, 2]), ("a",))
+
+
+def _split_by(partition):
+    return datasets.from_arrays({"x": np.arange(6)}, partition=partition)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(6) > 3,
+        [0.0, 1.0],
+        np.array([[0, 1], [2, 3]]),
+        3,
+        ["0"],
+    ],
+)
+def test_rows_of_a_partition_are_integers_on_one_axis(rows):
+    with pytest.raises(FederatedTypeError, match=r"client 'b' .*integer row numbers"):
+        _split_by(lambda examples, rng: {"a": [0], "b": rows})
+
+
+def test_a_partition_may_give_lists_and_no_rows():
+    data = _split_by(lambda examples, rng: {"a": [4, 0], "b": [], "c": np.array([5], np.uint8)})
+    assert data.num_examples.tolist() == [2, 0, 1]
+    assert data.examples["x"].tolist() == [4, 0, 5]
+
+
+@pytest.mark.parametrize("rows", [[-1], [6], np.array([2**64 - 1], np.uint64)])
+def test_rows_of_a_partition_are_in_range(rows):
+    with pytest.raises(DataError, match=r"client 'b' rows outside 0\.\.5"):
+        _split_by(lambda examples, rng: {"a": [0], "b": rows})
+
+
+def test_a_partition_gives_clients():
+    with pytest.raises(FederatedTypeError, match="row numbers of the examples it got}; got list"):
+        _split_by(lambda examples, rng: [[0], [1]])
+
+
+@pytest.mark.parametrize("partition", [5, None, datasets.partition.iid, datasets.partition.by_key])
+def test_a_partition_is_a_function(partition):
+    with pytest.raises(FederatedTypeError, match=r"such as partition\.iid\(10\)"):
+        _split_by(partition)

@@ -221,3 +221,16 @@ def test_importing_the_package_imports_no_heavy_library():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [["digits"], None, {}, 3])
+def test_a_name_is_text(name):
+    with pytest.raises(ArgumentError, match="no dataset"):
+        datasets.load(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+@pytest.mark.parametrize("dataset", ["digits", "emnist"])
+def test_a_folder_that_cannot_be_is_an_error_of_storage(tmp_path, dataset, name):
+    with pytest.raises(StorageError, match="choose another folder with data_dir="):
+        datasets.load(dataset, data_dir=tmp_path / name)

@@ -297,3 +297,45 @@ def test_holdout_fraction_is_checked(fraction):
     data = datasets.from_clients({"a": {"x": [1, 2]}})
     with pytest.raises(ArgumentError, match="fraction"):
         datasets.holdout(data, fraction)
+
+
+@pytest.mark.parametrize("keys", [[b"a\0", b"a", b"a\0\0"], ["a\0", "a", "a\0\0"]])
+def test_keys_that_end_in_nul_are_different(keys):
+    for values in (keys, np.array(keys, object)):
+        rule = partition.by_key(values)
+        groups = rule({"x": np.arange(3)}, np.random.default_rng(0))
+        assert {name: rows.tolist() for name, rows in groups.items()} == {
+            "a": [1],
+            "a\0": [0],
+            "a\0\0": [2],
+        }
+    data = datasets.from_arrays(
+        {"x": np.arange(3), "who": keys}, partition=partition.by_key("who"), features=["x"]
+    )
+    assert data.client_ids == ("a", "a\0", "a\0\0")
+
+
+def test_keys_of_several_kinds_are_refused():
+    with pytest.raises(DataError, match="all integers, booleans, str or bytes"):
+        partition.by_key(["1", 1])({"x": np.arange(2)}, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("alpha", [5e-324, 1e-300, 1e308])
+def test_extreme_concentrations_still_give_every_row_once(alpha, balanced):
+    labels = np.repeat([0, 1], 300)
+    rule = partition.dirichlet(3, alpha, balanced=balanced)
+    groups = rule({"label": labels}, np.random.default_rng(0))
+    assert sorted(np.concatenate(list(groups.values()))) == list(range(600))
+    if alpha > 1:
+        # All mixes are the same in this limit: 100 of each class to each client.
+        counts = [np.bincount(labels[rows], minlength=2) for rows in groups.values()]
+        assert [int(c.sum()) for c in counts] == [200] * 3
+    if alpha > 1 and not balanced:
+        np.testing.assert_array_equal(counts, np.full((3, 2), 100))
+
+
+def test_shards_may_be_counted_by_small_integers():
+    rule = partition.shards(np.int8(100), np.int8(2))
+    groups = rule({"label": np.arange(400) % 10}, np.random.default_rng(0))
+    assert [len(rows) for rows in groups.values()] == [4] * 100

@@ -76,3 +76,9 @@ def test_settings_of_the_wrong_type_are_refused():
     with pytest.raises(ArgumentError, match="round_number"):
         sampling.uniform(_dataset(4), 1)(-1)
     assert sampling.uniform(_dataset(4), np.int64(2), np.int64(0))(np.int32(3))
+
+
+def test_both_parts_of_a_dataset_are_not_one():
+    data = datasets.from_clients({"a": {"x": [1, 2]}, "b": {"x": [3]}})
+    with pytest.raises(FederatedTypeError, match=r"got Splits; pass \.train"):
+        datasets.sampling.uniform(datasets.holdout(data, 0.5), 1)

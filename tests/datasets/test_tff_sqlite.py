@@ -202,3 +202,17 @@ def test_values_out_of_range_are_refused(tmp_path, writers):
     image = np.full(3072, 256)
     path = writers.tff(tmp_path / "y.sqlite", {"s": [("a", writers.example(image=image))]})
     assert "do not fit into uint8" in _tff_error(path, DataError)
+
+
+@pytest.mark.parametrize("stated", [{"a": 10**15}, {"a": 2**62, "b": 2**62}])
+def test_absurd_numbers_of_examples_are_not_allocated(tmp_path, writers, stated):
+    rows = [("a", writers.example(x=1))]
+    path = writers.tff(tmp_path / "x.sqlite", {"s": rows}, stated={"s": stated})
+    with pytest.raises(StorageError, match="less than client_metadata states"):
+        datasets.from_tff_sqlite(path, split="s")
+
+
+def test_a_decode_that_gives_ragged_values_is_named(tmp_path, writers):
+    path = writers.tff(tmp_path / "x.sqlite", {"s": [("a", writers.example(x=1))]})
+    with pytest.raises(DataError, match=r"client 'a', feature 'y': .*ragged"):
+        datasets.from_tff_sqlite(path, split="s", decode=lambda features: {"y": [[1], [1, 2]]})

@@ -1,3 +1,4 @@
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -146,3 +147,60 @@ def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch)
         checkpoints.save(path, {"w": jnp.ones(2)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i8", ">u2", ">c8"])
+def test_the_order_of_bytes_is_no_matter(tmp_path, dtype):
+    array = np.arange(5).astype(dtype)
+    checkpoints.save(tmp_path / "tree", {"w": array})
+    native = array.dtype.newbyteorder("=")
+    for like in (array, np.zeros(5, native)):
+        loaded = checkpoints.load(tmp_path / "tree", {"w": like})["w"]
+        np.testing.assert_array_equal(loaded, np.arange(5))
+
+
+@pytest.mark.parametrize("dtype", [[("a", "f4"), ("b", "i4")], "V8"])
+def test_arrays_of_records_are_refused(tmp_path, dtype):
+    with pytest.raises(FederatedTypeError, match=r"at \['w'\]; save each of its fields"):
+        checkpoints.save(tmp_path / "tree", {"w": np.zeros(3, dtype)})
+    assert not (tmp_path / "tree").exists()
+
+
+def forged(path, body):
+    from flax import serialization
+
+    body = body if isinstance(body, bytes) else serialization.msgpack_serialize(body)
+    digest = hashlib.sha256(body).hexdigest()
+    path.write_bytes(f"fedjax-core 1 {digest}\n".encode() + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1\xc1",
+        [1],
+        {"['w']": 1},
+        {"['w']": {}},
+        {"['w']": {"type": "float32", "data": "abc"}},
+        {"['w']": {"type": 4, "data": np.zeros(3, np.float32)}},
+        {"['w']": {"type": "float32", "data": np.zeros(3, np.int32)}},
+        {"['w']": {"type": "key threefry2x32", "data": np.zeros(3, np.float32)}},
+    ],
+)
+def test_a_right_checksum_of_a_wrong_content_is_an_error_of_storage(tmp_path, body):
+    with pytest.raises(StorageError, match="whose content is something else"):
+        checkpoints.load(forged(tmp_path / "x", body), {"w": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "f/x", ""])
+def test_a_file_that_cannot_be_is_an_error_of_storage(tmp_path, name):
+    (tmp_path / "f").touch()
+    with pytest.raises(StorageError, match="choose another one"):
+        checkpoints.save(tmp_path / name, {"w": jnp.zeros(3)})
+
+
+def test_a_name_may_be_as_long_as_can_be(tmp_path):
+    checkpoints.save(tmp_path / ("x" * 255), {"w": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]

@@ -1,12 +1,13 @@
 """Evaluation: one result for every batch size, and errors before anything is compiled."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from fedjax_core import datasets
+from fedjax_core.algorithms import fed_avg
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 from fedjax_core.learning.evaluation import check_examples, evaluate
 from fedjax_core.learning.metrics import Sum
@@ -56,8 +57,30 @@ def test_every_batch_size_gives_the_mean_over_examples(model, params, data, batc
 
 
 def test_a_dataset_is_its_pooled_examples(model, params, data):
-    dataset = types.SimpleNamespace(examples=data)
-    assert evaluate(model, params, dataset) == evaluate(model, params, data)
+    dataset = datasets.from_arrays(data, partition=datasets.partition.iid(1))
+    assert evaluate(model, params, dataset) == pytest.approx(evaluate(model, params, data))
+
+
+def test_the_padding_of_a_cohort_is_no_data(model, params, data):
+    # 23 examples lie in 32 rows.
+    dataset = datasets.from_arrays(data, partition=datasets.partition.iid(1))
+    with pytest.raises(DataError, match=r"got Cohort.*dataset\.select\(ids\)"):
+        evaluate(model, params, dataset.cohort(dataset.client_ids))
+    with pytest.raises(DataError, match=r"got Splits.*\.test"):
+        evaluate(model, params, datasets.holdout(dataset, 0.2))
+
+
+def test_only_variables_are_evaluated(model, params, data):
+    algorithm = fed_avg(model, client_optimizer=optax.sgd(0.1), batch_size=5)
+    state = algorithm.init(jax.random.key(0))
+    for wrong in (state, None, algorithm, model):
+        with pytest.raises(FederatedTypeError, match=r"Pass state\.params"):
+            evaluate(model, wrong, data)
+    assert evaluate(model, state.params, data)["num_examples"] == COUNT
+
+
+def test_batches_may_be_counted_by_numpy(model, params, data):
+    assert evaluate(model, params, data, np.int64(23)) == evaluate(model, params, data, 23)
 
 
 def test_data_on_disk_and_on_the_device(model, params, data, tmp_path):

@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from fedjax_core import datasets
 from fedjax_core.bits import BitCount
-from fedjax_core.errors import ArgumentError
+from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.learning.history import History, RoundRecord, flat_numbers
 from fedjax_core.learning.interrupts import deferred_interrupt
 from fedjax_core.learning.loop import train
@@ -239,3 +241,16 @@ def test_a_history_is_a_sequence():
     history = History(records)
     assert history[1:] == records[1:]
     assert list(reversed(history)) == list(reversed(records))
+
+
+def test_rounds_may_be_counted_by_numpy():
+    assert len(run(num_rounds=np.int64(2))[1]) == 2
+
+
+def test_both_parts_of_a_dataset_are_not_one():
+    whole = datasets.from_clients({"a": {"x": [1, 2, 3]}})
+    splits = datasets.holdout(whole, 0.4)
+    with pytest.raises(FederatedTypeError, match=r"got Splits; pass its `\.train`"):
+        train(ALGORITHM, splits, sampler, num_rounds=1, key=jax.random.key(0))
+    with pytest.raises(FederatedTypeError, match="got list"):
+        train(ALGORITHM, whole, ["a"], num_rounds=1, key=jax.random.key(0))

@@ -240,3 +240,45 @@ def test_batches_that_do_not_fit():
         model.loss(None, WEIGHTS, BATCH | {"x": jnp.zeros((3, 4))}, mask, True)
     with pytest.raises(DataError, match="'mask': 2"):
         model.loss(None, WEIGHTS, BATCH, mask[:2], True)
+
+
+@pytest.mark.parametrize(
+    ("small", "wide"),
+    [
+        (jnp.uint8(200), jnp.int32),
+        (jnp.int16(30_000), jnp.int32),
+        (True, jnp.int32),
+        (jnp.float16(60_000), jnp.float32),
+        (jnp.bfloat16(256), jnp.float32),
+        (3, jnp.int32),
+        (0.5, jnp.float32),
+    ],
+)
+def test_small_numbers_of_a_metric_are_added_up_in_32_bits(small, wide):
+    model = regression(metrics={"m": lambda predictions, batch, mask: Sum(small)})
+    mask = jnp.array([True, True, True])
+    (_, (stats, _)), _ = loss_and_gradient(model, BATCH, mask)
+    assert stats["m"].total.dtype == wide
+    assert float((stats["m"] + stats["m"]).result()) == 2 * float(small)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        jnp.float32(1),
+        {"total": 1},
+        Sum(jnp.ones(3)),
+        Mean(jnp.ones(()), jnp.ones(1)),
+        Sum(jnp.complex64(1)),
+        None,
+    ],
+)
+def test_a_metric_that_is_no_sum_of_scalars_is_named(result):
+    model = regression(metrics={"mine": lambda predictions, batch, mask: result})
+    with pytest.raises(FederatedTypeError, match="metric 'mine' must give a Mean or a Sum"):
+        loss_and_gradient(model, BATCH, jnp.array([True, True, True]))
+
+
+def test_metrics_have_names():
+    with pytest.raises(ArgumentError, match="metrics must map names"):
+        regression(metrics=[lambda predictions, batch, mask: Sum(1)])
