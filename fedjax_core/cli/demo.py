@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from fedjax_core.bits import format_bits
 from fedjax_core.cli import options, training
+from fedjax_core.compression import uniform_quantize
 from fedjax_core.learning import plots, writers
 from fedjax_core.learning.history import History
 
@@ -21,7 +22,7 @@ def run(settings: options.Demo) -> bool:
     options.check(settings)
     codecs = {
         "original": None,
-        "compression": training.make_codec("quantize", bits=settings.bits, fraction=1.0),
+        "compression": uniform_quantize(settings.bits),
     }
     for name in codecs:
         writers.check_log_folder(settings.log_dir / name, overwrite=settings.overwrite)

@@ -65,6 +65,8 @@ class Train(Training):
     """Bits that an entry takes when quantised, 1 to 16."""
     fraction: float = 0.1
     """Part of a tensor's entries that top-k keeps, in (0, 1]."""
+    min_size: int = 20_000
+    """Tensors of more entries than this are compressed, others travel raw; 0 for small models."""
     save: pathlib.Path | None = None
     """New file for the final state; `fedjax_core.load` reads it."""
 

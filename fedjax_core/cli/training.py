@@ -25,7 +25,7 @@ def run(settings: options.Train) -> bool:
     writers.check_log_folder(settings.log_dir, overwrite=settings.overwrite)
     if settings.save is not None:
         check_writable(settings.save, overwrite=settings.overwrite)
-    codec = make_codec(settings.uplink, bits=settings.bits, fraction=settings.fraction)
+    codec = make_codec(settings)
     model = make_model(settings.model)
     splits = load_splits(settings.dataset, settings, num_clients=settings.num_clients)
     print(describe(splits), flush=True)
@@ -38,18 +38,16 @@ def run(settings: options.Train) -> bool:
     return history.interrupted
 
 
-def make_codec(uplink: str, *, bits: int, fraction: float) -> compression.Codec | None:
-    """The codec that `uplink` names, None for raw updates."""
-    match uplink:
-        case "quantize":
-            return compression.uniform_quantize(bits)
-        case "top_k":
-            return compression.top_k(fraction)
-        case "top_k_quantize":
-            return compression.chain(
-                compression.top_k(fraction), compression.uniform_quantize(bits)
-            )
-    return None
+def make_codec(settings: options.Train) -> compression.Codec | None:
+    """The codec that `settings.uplink` names, None for raw updates."""
+    quantize = compression.uniform_quantize(settings.bits, min_size=settings.min_size)
+    top_k = compression.top_k(settings.fraction, min_size=settings.min_size)
+    codecs = {
+        "quantize": quantize,
+        "top_k": top_k,
+        "top_k_quantize": compression.chain(top_k, quantize),
+    }
+    return codecs.get(settings.uplink)
 
 
 def make_model(name: str) -> models.Model:

@@ -236,3 +236,18 @@ def test_the_table_shows_the_last_numbers():
             "seconds a round       0.00         0.00",
         ]
     )
+
+
+def test_small_models_are_compressed_if_asked(tmp_path):
+    """Tensors of 7,840 and 10 entries: raw by default, 2 bits each with --min-size 0."""
+
+    def update_bits(*words: str) -> int:
+        folder = tmp_path / f"logs{len(words)}"
+        arguments = ["--log-dir", str(folder), "--rounds", "1", "--num-clients", "5"]
+        arguments += ["--clients-per-round", "2", "--model", "linear", "--uplink", "quantize"]
+        assert main(["train", *arguments, "--bits", "2", *words]) == 0
+        record = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])
+        return record["communication/aggregate/update"]
+
+    assert update_bits() == 2 * 32 * 7_850
+    assert update_bits("--min-size", "0") == 2 * (2 * 7_840 + 64 + 24 + 64)
