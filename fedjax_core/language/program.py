@@ -213,7 +213,8 @@ def type_bits(t: Type) -> int:
 
     Examples:
       >>> import numpy as np
-      >>> type_bits(types.to_type({"w": (np.float32, [3, 2]), "n": np.int8}))
+      >>> from fedjax_core.language.types import to_type
+      >>> type_bits(to_type({"w": (np.float32, [3, 2]), "n": np.int8}))
       200
     """
     if isinstance(t, FederatedType):
