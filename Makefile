@@ -10,7 +10,7 @@ STAMP := $(VENV)/installed-$(MINOR)
 TESTS ?= tests
 WORKERS ?= auto
 DEMO ?= --log-dir logs --overwrite
-BENCH ?= --data-dir ../shared/data/mnist
+BENCH ?=
 PIP := PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet \
   $(addprefix --constraint ,$(CONSTRAINTS))
 
