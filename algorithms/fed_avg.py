@@ -11,7 +11,7 @@ McMahan et al., 2017, and Reddi et al., 2021:
                x_{t+1} = server optimiser's step from x_t along the gradient u  (SGD(1) averages)
 """
 
-import optax
+from typing import TYPE_CHECKING
 
 from fedjax_core import aggregators
 from fedjax_core.aggregators import Aggregator
@@ -21,12 +21,15 @@ from fedjax_core.learning.algorithm import Algorithm, federated_learning
 from fedjax_core.learning.client_work import Weighting, local_training
 from fedjax_core.learning.models import Model
 
+if TYPE_CHECKING:
+    import optax  # half of the time that importing the library would take
+
 
 def fed_avg(
     model: Model,
     *,
-    client_optimizer: optax.GradientTransformation,
-    server_optimizer: optax.GradientTransformation | None = None,
+    client_optimizer: "optax.GradientTransformation",
+    server_optimizer: "optax.GradientTransformation | None" = None,
     aggregator: Aggregator | None = None,
     broadcast_codec: Codec | None = None,
     batch_size: int,
@@ -59,6 +62,7 @@ def fed_avg(
     Examples:
       >>> import jax
       >>> import numpy as np
+      >>> import optax
       >>> from fedjax_core import datasets, models
       >>> labels = np.arange(4, dtype=np.int32)
       >>> rows = {"image": np.zeros((4, 28, 28, 1), np.uint8), "label": labels}
@@ -74,6 +78,8 @@ def fed_avg(
       Networks from Decentralized Data, AISTATS 2017, arXiv:1602.05629. Reddi et al.: Adaptive
       Federated Optimization, ICLR 2021, arXiv:2003.00295.
     """
+    import optax
+
     work = local_training(
         model,
         client_optimizer,

@@ -8,12 +8,11 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.core import Tracer
 
@@ -33,6 +32,9 @@ from fedjax_core.learning.communication import Communication, itemise
 from fedjax_core.learning.evaluation import check_examples
 from fedjax_core.learning.models import Model
 from fedjax_core.learning.rounds import Parts, Round, State, trace_round
+
+if TYPE_CHECKING:
+    import optax  # half of the time that importing the library would take
 
 
 class Metrics(NamedTuple):
@@ -75,7 +77,7 @@ def federated_learning(
     model: Model,
     client_work: ClientWork,
     aggregator: Aggregator,
-    server_optimizer: optax.GradientTransformation,
+    server_optimizer: "optax.GradientTransformation",
     *,
     broadcast_codec: Codec | None = None,
     execution: Execution = Execution(),  # noqa: B008 - frozen
@@ -139,6 +141,8 @@ def federated_learning(
 
 
 def _check_parts(parts: Parts, execution: Execution) -> None:
+    import optax
+
     wanted: list[tuple[str, Any, type]] = [
         ("model", parts.model, Model),
         ("aggregator", parts.aggregator, Aggregator),

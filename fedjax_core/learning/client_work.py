@@ -9,11 +9,10 @@ Local training = epochs x batches, shuffled by the client's key x an optimiser t
 
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from fedjax_core.errors import ArgumentError
@@ -21,6 +20,9 @@ from fedjax_core.language.values import Sequence
 from fedjax_core.learning.batching import num_batches, shuffle, take_batch
 from fedjax_core.learning.metrics import Mean, Sum
 from fedjax_core.learning.models import Model
+
+if TYPE_CHECKING:
+    import optax  # half of the time that importing the library would take
 
 Stats = Mapping[str, Mean | Sum]
 Weighting = Literal["num_examples", "uniform"] | Callable[[Stats], jax.Array]
@@ -62,7 +64,7 @@ class ClientWork(NamedTuple):
 
 def local_training(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     *,
     batch_size: int,
     num_epochs: int = 1,
@@ -86,6 +88,8 @@ def local_training(
     Raises:
       ArgumentError: for numbers that are not positive, or another weighting.
     """
+    import optax
+
     _check_positive(batch_size=batch_size, num_epochs=num_epochs)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ArgumentError(
@@ -115,7 +119,7 @@ def local_training(
 def train_locally(
     key: jax.Array,
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: "optax.GradientTransformation",
     variables: Any,
     state: Any,
     examples: Sequence,
@@ -134,6 +138,8 @@ def train_locally(
       batch_size: examples a step.
       num_epochs: passes over the examples.
     """
+    import optax
+
     # A batch holds no more than there is: full batches may be asked for by any large number.
     batch_size = min(batch_size, examples.capacity)
     differentiate = jax.grad(model.loss, argnums=1, has_aux=True)

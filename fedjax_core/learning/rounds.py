@@ -8,11 +8,10 @@ state     = server optimiser's step along the update, if it is sound
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from fedjax_core.aggregators.base import Aggregator, is_present
 from fedjax_core.bits import BitCount
@@ -33,6 +32,9 @@ from fedjax_core.language.types import FederatedType
 from fedjax_core.learning.client_work import ClientOutput, ClientWork, with_hyperparams
 from fedjax_core.learning.metrics import finish as finish_metrics
 from fedjax_core.learning.models import Model
+
+if TYPE_CHECKING:
+    import optax  # half of the time that importing the library would take
 
 # How a client fared, and the name under which the metrics count it.
 STATUSES = ("num_participants", "num_empty", "num_non_finite", "num_not_weighted")
@@ -70,7 +72,7 @@ class Parts(NamedTuple):
     model: Model
     client_work: ClientWork
     aggregator: Aggregator
-    server_optimizer: optax.GradientTransformation
+    server_optimizer: "optax.GradientTransformation"
     broadcast_codec: Codec | None
 
 
@@ -213,11 +215,15 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
 
 
-def _server_step(optimizer: optax.GradientTransformation) -> Callable[..., tuple[State, jax.Array]]:
+def _server_step(
+    optimizer: "optax.GradientTransformation",
+) -> Callable[..., tuple[State, jax.Array]]:
     def server_step(
         state: State, update: Any, aggregator: Any, client_work: Any, counts: dict[str, jax.Array]
     ) -> tuple[State, jax.Array]:
         """One step of the server optimiser, or none if there is nothing sound to step along."""
+        import optax
+
         old = with_hyperparams(state.optimizer, state.hyperparams["server"])
         step, new = optimizer.update(update, old, state.params)
         params = optax.apply_updates(state.params, step)
