@@ -98,6 +98,19 @@ class Get(Op):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Place(Op):
+    """An unplaced value, put at the server."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Apply(Op):
+    """A call of a function that is a parameter: `inputs[0]`, on the others.
+
+    Where the arguments are placed and the function's own parameters are not, it is mapped.
+    """
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Edge(Op):
     """A crossing between placements: `inputs[0]` is what travels."""
 
@@ -139,6 +152,58 @@ class Aggregate(Edge):
     accumulate: Local
     merge: Local
     report: Local
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Extreme(Edge):
+    """Up: the smallest or the largest value, element by element. Inputs as those of `Sum`."""
+
+    is_max: bool
+    has_presence: bool = False
+
+    def describe(self) -> str:
+        """See `Op.describe`."""
+        inputs = ", ".join(f"%{i}" for i in self.inputs)
+        return f"{'max' if self.is_max else 'min'}[{self.label}]({inputs})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SecureSum(Edge):
+    """Up, blind: a sum of integers of which the server sees the total only.
+
+    The result is a struct `SecureTotal`. The input is a struct of integers.
+
+    Attributes:
+      lower: for each leaf of the input the smallest value that a client may send.
+      upper: likewise the largest. Values outside are clipped, and counted.
+      modulus: for each leaf the modulus of the sum; None for a sum that is not modular.
+      is_checked: whether a value outside of the bounds is an error of the caller.
+    """
+
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    modulus: tuple[int, ...] | None = None
+    is_checked: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Collect(Edge):
+    """Up, in clear: every client's value, as a sequence at the server."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Request(Edge):
+    """Up, in clear: the keys that a client asks the server for. The value stays at the client."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Select(Edge):
+    """Down: what the server has for each key of a request, as a sequence.
+
+    Inputs are the request, the number of keys that exist and, at the server, what to select from.
+    """
+
+    select: Local
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,6 +295,11 @@ def type_bits(t: Type) -> int:
     )
 
 
+def goes_up(op: Op) -> bool:
+    """Whether `op` makes one value at the server of those at the clients."""
+    return isinstance(op, Sum | Count | Extreme | SecureSum | Aggregate | Collect)
+
+
 def is_at_clients(op: Op) -> bool:
     """Whether the value of `op` lives at the clients."""
     return isinstance(op.type, FederatedType) and op.type.placement is CLIENTS
@@ -249,6 +319,5 @@ def round_trips(program: Program) -> tuple[int, ...]:
     levels: list[int] = []
     for op in program.ops:
         level = max((levels[i] for i in op.inputs), default=0)
-        goes_up = isinstance(op, Sum | Aggregate | Count)
-        levels.append(level + 1 if goes_up else level)
+        levels.append(level + 1 if goes_up(op) else level)
     return tuple(levels)
