@@ -18,17 +18,30 @@ from fedjax_core.execution.computation import federated_computation as federated
 from fedjax_core.execution.config import Execution as Execution
 from fedjax_core.language.analysis import communication as communication
 from fedjax_core.language.inference import infer_type as infer_type
-from fedjax_core.language.local import jax_computation as jax_computation
+from fedjax_core.language.jax_computations import jax_computation as jax_computation
 from fedjax_core.language.operators import federated_aggregate as federated_aggregate
 from fedjax_core.language.operators import federated_broadcast as federated_broadcast
+from fedjax_core.language.operators import federated_collect as federated_collect
 from fedjax_core.language.operators import federated_count as federated_count
+from fedjax_core.language.operators import federated_eval as federated_eval
 from fedjax_core.language.operators import federated_map as federated_map
+from fedjax_core.language.operators import federated_max as federated_max
 from fedjax_core.language.operators import federated_mean as federated_mean
+from fedjax_core.language.operators import federated_min as federated_min
+from fedjax_core.language.operators import federated_select as federated_select
 from fedjax_core.language.operators import federated_sum as federated_sum
 from fedjax_core.language.operators import federated_value as federated_value
 from fedjax_core.language.operators import federated_zip as federated_zip
 from fedjax_core.language.placements import CLIENTS as CLIENTS
 from fedjax_core.language.placements import SERVER as SERVER
+from fedjax_core.language.secure import SecureTotal as SecureTotal
+from fedjax_core.language.secure import (
+    federated_secure_modular_sum as federated_secure_modular_sum,
+)
+from fedjax_core.language.secure import federated_secure_sum as federated_secure_sum
+from fedjax_core.language.secure import (
+    federated_secure_sum_bitwidth as federated_secure_sum_bitwidth,
+)
 from fedjax_core.language.types import AbstractType as AbstractType
 from fedjax_core.language.types import FederatedType as FederatedType
 from fedjax_core.language.types import FunctionType as FunctionType

@@ -5,6 +5,7 @@
     │   └── PlacementError                  it lives at the wrong placement
     ├── ArgumentError         (ValueError)  an argument is out of range or inconsistent
     │   ├── CodecError                      a codec, or the bytes of a message
+    │   ├── PrivacyError                    a client's value that leaves past the aggregations
     │   └── DataError                       examples, labels, partitions
     │       └── UnknownClientError (KeyError)
     ├── StorageError          (OSError)     files, caches and downloads
@@ -32,6 +33,10 @@ class ArgumentError(FedjaxError, ValueError):
 
 class CodecError(ArgumentError):
     """A codec got a value it cannot encode, or bytes it cannot decode."""
+
+
+class PrivacyError(ArgumentError):
+    """A computation of which it is not proven that clients' values leave as aggregates only."""
 
 
 class DataError(ArgumentError):

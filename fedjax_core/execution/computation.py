@@ -1,5 +1,6 @@
 """Computations: programs that can be called, composed, and lowered to JAX functions."""
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
@@ -8,26 +9,28 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution import lowering, reference
 from fedjax_core.execution.config import Execution
+from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, types
-from fedjax_core.language.inference import template
-from fedjax_core.language.local import name_of, split_function
+from fedjax_core.language.bodies import bind_functions, inline, trace_program
+from fedjax_core.language.local import TypedFunction, name_of, positional_names, split_function
 from fedjax_core.language.placements import CLIENTS
-from fedjax_core.language.program import Program
-from fedjax_core.language.tracing import Value, inline, trace_program
-from fedjax_core.language.types import FederatedType, FunctionType
+from fedjax_core.language.program import Constant, Program, SecureSum
+from fedjax_core.language.tracing import Value
+from fedjax_core.language.types import FederatedType, FunctionType, Type
 from fedjax_core.language.values import Federated
 
 
-class Computation:
+class Computation(TypedFunction):
     """A federated computation: a typed program, traced once.
 
     Called with Python lists (one entry a client) it returns Python values; called with `Federated`
     values it returns `Federated` values and can be traced by JAX; called in the body of another
-    computation, with placed values, it becomes part of that one.
+    computation, with values of that body, it becomes part of that one.
 
     Attributes:
       program: the traced `Program`.
@@ -37,33 +40,71 @@ class Computation:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.type_signature: FunctionType = program.type_signature
-        self._lowered: dict[Execution, Callable[..., Any]] = {}
-        self._lock = threading.Lock()
+        self.parameters = program.argument_types
+        self.function = self._local_function()
+        self.__name__ = program.name
+        self._jitted = jax.jit(self._compute, static_argnames="num_clients")
+        self._bound = functools.lru_cache(maxsize=64)(self._bind)
+        ops = program.ops
+        self._strings = {i: ops[i] for i in program.results if _is_string(ops[i])}
+        self._is_checked = any(isinstance(op, SecureSum) and op.is_checked for op in ops)
+        self._takes_federated = bool(self.parameters) and all(
+            isinstance(t, FederatedType) for t in self.parameters
+        )
 
     def __repr__(self) -> str:
         return f"{self.program.name}: {self.type_signature}"
 
-    def __call__(self, *args: Any, num_clients: int | None = None) -> Any:
+    def __call__(self, *args: Any, num_clients: int | None = None, **kwargs: Any) -> Any:
         """Runs the computation.
 
         Args:
-          *args: one for each parameter: a list with one entry a client, a value for the server, or
-            a `Federated`.
+          *args: one for each parameter: for a value at the clients a list with one entry a client,
+            or an array with a leading clients axis; for one at the server, or an unplaced one, the
+            value; a `Federated`; a function for a parameter that is one.
           num_clients: needed only where no argument tells how many clients there are.
+          **kwargs: arguments by the names of the parameters.
 
         Raises:
           FederatedTypeError: naming the argument, and the client, that does not fit.
           ArgumentError: where arguments disagree on the number of clients.
         """
+        if self._takes_federated and not kwargs and num_clients is None and _all_federated(args):
+            return self._finish(self._jitted(*args))
+        names = self.program.parameter_names
+        args = feeding.bind_arguments(
+            self.program.name, names, len(self.parameters), args, kwargs
+        )
+        functions = {k: args[k] for k in self._functions() if not isinstance(args[k], Value)}
+        if functions:
+            rest = (arg for k, arg in enumerate(args) if k not in functions)
+            return self._bound(tuple(functions.items()))(*rest, num_clients=num_clients)
         leaves = self.program.leaves_of(args)
         if any(map(_holds_value, leaves)):
-            return inline(self.program, args, self.program.name)
-        placed = self._feed(leaves)
-        is_lazy = bool(placed) and all(map(_is_federated, leaves))
-        if num_clients is None:
-            num_clients = self._count_empty(leaves)
-        result = self._default(*placed, num_clients=num_clients)
-        return result if is_lazy else jax.tree.map(feeding.to_python, result, is_leaf=_is_federated)
+            return inline(self.program, args)
+        return self._run(leaves, num_clients)
+
+    def bind(self, *functions: Any) -> "Computation":
+        """The computation with functions in the place of those parameters that are functions.
+
+        Args:
+          *functions: one for each such parameter, in their order: typed, or any JAX function.
+
+        Raises:
+          FederatedTypeError: where a function does not have the parameter's type.
+        """
+        indices = self._functions()
+        if len(functions) != len(indices):
+            raise FederatedTypeError(
+                f"`{self.program.name}` expected {len(indices)} functions, got {len(functions)}."
+            )
+        return self._bound(tuple(zip(indices, functions, strict=True)))
+
+    def _functions(self) -> list[int]:
+        return [k for k, t in enumerate(self.parameters) if isinstance(t, FunctionType)]
+
+    def _bind(self, functions: tuple[tuple[int, Any], ...]) -> "Computation":
+        return Computation(bind_functions(self.program, dict(functions)))
 
     def lower(self, execution: Execution = Execution()) -> Callable[..., Any]:  # noqa: B008 - frozen
         """The computation as a plain JAX function.
@@ -73,62 +114,107 @@ class Computation:
 
         Returns:
           A function `(*args, valid=None, num_clients=None) -> (result, ledger)`: the arguments are
-          `Federated` values in the order of the program's parameters, and so are the leaves of the
-          result. `valid` is bool `[clients]`, False for padding. `ledger` is a tuple of `BitCount`,
-          one for each of `program.edges`: what this run sent over it.
+          `Federated` values (plain ones where they are unplaced) in the order of the program's
+          parameters, and so are the leaves of the result. `valid` is bool `[clients]`, False for
+          padding. `ledger` is a tuple of `BitCount`, one for each of `program.edges`: what this run
+          sent over it. A secure sum clips what is out of its bounds.
         """
 
         def lowered(*args: Any, valid: Any = None, num_clients: int | None = None) -> Any:
-            self._check(args)
-            clients = _count_clients(self.program, args, valid, num_clients)
-            return self._run(args, valid, clients, execution)
+            outcome = self._evaluate(args, valid, num_clients, execution)
+            ledger = tuple(outcome.ledger[i] for i, _ in self.program.edges)
+            return _wrap(self.program, outcome.values), ledger
 
         lowered.__name__ = self.program.name
         return lowered
 
-    def _run(self, args: Any, valid: Any, num_clients: int, execution: Execution) -> Any:
+    def _evaluate(
+        self, args: Any, valid: Any, num_clients: int | None, execution: Execution
+    ) -> Outcome:
         program = self.program
-        values = {i: arg.value for i, arg in zip(program.parameters, args, strict=True)}
+        self._check(args)
+        clients = _count_clients(program, args, valid, num_clients)
+        values = {i: _bare(arg) for i, arg in zip(program.parameters, args, strict=True)}
         if execution.mode == "reference":
-            keep = np.ones(num_clients, bool) if valid is None else np.asarray(valid, bool)
+            keep = np.ones(clients, bool) if valid is None else np.asarray(valid, bool)
             return _run_reference(program, values, keep)
-        valid = jnp.ones(num_clients, bool) if valid is None else jnp.asarray(valid, bool)
-        results, ledger = lowering.run(program, values, valid, execution.num_lanes(num_clients))
-        return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
+        valid = jnp.ones(clients, bool) if valid is None else jnp.asarray(valid, bool)
+        return lowering.run(program, values, valid, execution.num_lanes(clients))
 
-    def _default(self, *args: Any, num_clients: int | None = None) -> Any:
-        with self._lock:
-            if Execution() not in self._lowered:
-                lowered = self.lower()
-                self._lowered[Execution()] = jax.jit(
-                    lambda *xs, num_clients: lowered(*xs, num_clients=num_clients)[0],
-                    static_argnames="num_clients",
+    def _compute(self, *args: Any, num_clients: int | None = None) -> Any:
+        """What a call compiles: the results but for strings, and what secure sums clipped."""
+        outcome = self._evaluate(args, None, num_clients, Execution())
+        if self._strings:
+            values = {i: x for i, x in outcome.values.items() if i not in self._strings}
+            return values, outcome.violations
+        return _wrap(self.program, outcome.values), outcome.violations
+
+    def _finish(self, computed: Any) -> Any:
+        """The result of a call, once nothing is found to be out of bounds."""
+        result, violations = computed
+        if self._is_checked and not isinstance(jax.tree.leaves(violations)[0], Tracer):
+            self._check_bounds(violations)
+        if self._strings:
+            strings = {i: cast(Constant, op).value for i, op in self._strings.items()}
+            return _wrap(self.program, result | strings)
+        return result
+
+    def _check_bounds(self, violations: dict[int, Any]) -> None:
+        for i, (below, above) in violations.items():
+            if int(below) or int(above):
+                op = cast(SecureSum, self.program.ops[i])
+                raise ArgumentError(
+                    f"`{self.program.name}`: expected values from {list(op.lower)} to "
+                    f"{list(op.upper)} for the secure sum {op.label!r} ({op.location}), got "
+                    f"{int(below)} below and {int(above)} above; clip them in federated_map, or "
+                    "pass report_clipped=True."
                 )
-            jitted = self._lowered[Execution()]
-        return jitted(*args, num_clients=num_clients)
 
-    def _parameters(self, leaves: Any) -> list[tuple[FederatedType, Any, str]]:
-        """For each federated parameter its type, what was given for it, and its name in errors."""
-        parameters = self.program.parameters
-        if len(leaves) != len(parameters):
+    def _run(self, leaves: list[Any], num_clients: int | None) -> Any:
+        fed = [
+            feeding.to_placed(leaf, t, where)
+            if isinstance(t, FederatedType)
+            else feeding.to_member(leaf, t, where)
+            for t, leaf, where in self._given(leaves)
+        ]
+        if num_clients is None:
+            num_clients = self._count_empty(leaves)
+        result = self._finish(self._jitted(*fed, num_clients=num_clients))
+        if self._is_lazy(leaves):
+            return result
+        return jax.tree.map(_to_python, result, is_leaf=_is_federated)
+
+    def _is_lazy(self, leaves: list[Any]) -> bool:
+        """Whether results stay as they are: where the arguments were arrays or `Federated`."""
+        arrays = jax.tree.leaves(leaves)
+        if any(isinstance(x, Tracer) for x in arrays):
+            return True
+        given = [x for t, x, _ in self._given(leaves) if isinstance(t, FederatedType)]
+        if given:
+            return all(map(_is_federated, given))
+        return any(isinstance(x, jax.Array) for x in arrays)
+
+    def _given(self, leaves: Any) -> list[tuple[Type, Any, str]]:
+        """For each parameter its type, what was given for it, and its name in errors."""
+        program = self.program
+        if len(leaves) != len(program.parameters):
             raise FederatedTypeError(
-                f"`{self.program.name}` expected {len(parameters)} federated arguments of type "
+                f"`{program.name}` expected {len(program.parameters)} arguments of type "
                 f"{self.type_signature.parameter}, got {len(leaves)}."
             )
-        return [
-            (
-                cast(FederatedType, self.program.ops[i].type),
-                leaf,
-                f"argument {i} of `{self.program.name}`",
-            )
-            for i, leaf in zip(parameters, leaves, strict=True)
+        names = [
+            program.name_of_argument(k)
+            for k, tree in enumerate(program.parameter_tree)
+            for _ in jax.tree.leaves(tree)
         ]
-
-    def _feed(self, leaves: list[Any]) -> list[Federated]:
-        return [feeding.to_placed(leaf, t, where) for t, leaf, where in self._parameters(leaves)]
+        wanted = [program.ops[i].type for i in program.parameters]
+        return list(zip(wanted, leaves, names, strict=True))
 
     def _check(self, args: tuple[Any, ...]) -> None:
-        for t, arg, where in self._parameters(args):
+        for t, arg, where in self._given(args):
+            if not isinstance(t, FederatedType):
+                feeding.check_runtime(t, inference.infer_type(arg), where)
+                continue
             if not _is_federated(arg):
                 raise FederatedTypeError(
                     f"{where}: expected a Federated value of type {t}, got {type(arg).__name__}; "
@@ -138,14 +224,41 @@ class Computation:
 
     def _count_empty(self, leaves: list[Any]) -> int | None:
         """The number of clients where a list of values without arrays alone tells it."""
-        for t, leaf, _ in self._parameters(leaves):
-            if t.placement is CLIENTS and inference.is_empty(t) and isinstance(leaf, list | tuple):
+        for t, leaf, _ in self._given(leaves):
+            is_at_clients = isinstance(t, FederatedType) and t.placement is CLIENTS
+            if is_at_clients and inference.is_empty(t) and isinstance(leaf, list | tuple):
                 return len(leaf)
         return None
 
+    def _local_function(self) -> Callable[..., Any]:
+        """The computation as a local one, for members' values; only if nothing in it is placed."""
+
+        def call(*members: Any) -> Any:
+            leaves = self.program.leaves_of(members)
+            return self._finish(self._jitted(*leaves))
+
+        call.__name__ = self.program.name
+        return call
+
+
+def _is_string(op: Any) -> bool:
+    return isinstance(op, Constant) and feeding.contains_str(op.type)
+
+
+def _all_federated(args: tuple[Any, ...]) -> bool:
+    return all(type(arg) is Federated for arg in args)
+
+
+def _bare(arg: Any) -> Any:
+    return arg.value if isinstance(arg, Federated) else arg
+
+
+def _to_python(x: Any) -> Any:
+    return feeding.to_python(x) if _is_federated(x) else feeding.to_host(x)
+
 
 def _holds_value(x: Any) -> bool:
-    """Whether `x` is a placed value of a body, or a container with one."""
+    """Whether `x` is a value of a body, or a container with one."""
     if not isinstance(x, tuple | list | Mapping):
         return isinstance(x, Value)
     leaves = jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, Value))
@@ -161,6 +274,7 @@ def _count_clients(program: Program, args: Any, valid: Any, num_clients: int | N
     sizes = {
         f"argument {i}": feeding.num_clients_of(arg)
         for i, arg in zip(program.parameters, args, strict=True)
+        if _is_federated(arg)
     }
     sizes["valid"] = None if valid is None else len(valid)
     sizes["num_clients"] = num_clients
@@ -182,30 +296,35 @@ def _count_clients(program: Program, args: Any, valid: Any, num_clients: int | N
 
 
 def _wrap(program: Program, results: dict[int, Any]) -> Any:
-    def wrap(i: int) -> Federated:
+    def wrap(i: int) -> Any:
         t = program.ops[i].type
-        assert isinstance(t, FederatedType)
+        if not isinstance(t, FederatedType):
+            return results[i]
         return Federated(results[i], t.placement, t.all_equal)
 
     return jax.tree.map(wrap, program.result_tree)
 
 
-def _run_reference(program: Program, values: dict[int, Any], keep: np.ndarray) -> Any:
+def _run_reference(program: Program, values: dict[int, Any], keep: np.ndarray) -> Outcome:
     """The reference interpreter on stacked values, for the clients that are to be kept."""
     clients = np.flatnonzero(keep).tolist()
     for i in program.parameters:
         if not lowering.is_uniform(program.ops[i]):
             values[i] = [lowering.member(values[i], client) for client in clients]
-    results, ledger = reference.run(program, values, len(clients))
+    outcome = reference.run(program, values, len(clients))
     for i in set(program.results):
-        t = cast(FederatedType, program.ops[i].type)
         if not lowering.is_uniform(program.ops[i]):
-            rows = dict(zip(clients, results[i], strict=True))
-            # As in the other readings, what stands in the rows of the others is undefined.
-            filler = results[i][0] if clients else jax.tree.map(_zeros, template(t.member))
-            rows = [rows.get(client, filler) for client in range(len(keep))]
-            results[i] = feeding.stack_members(rows, t.member)
-    return _wrap(program, results), tuple(ledger[i] for i, _ in program.edges)
+            t = cast(FederatedType, program.ops[i].type)
+            outcome.values[i] = _stack_again(outcome.values[i], clients, t, len(keep))
+    return outcome
+
+
+def _stack_again(rows: list[Any], clients: list[int], t: FederatedType, num_clients: int) -> Any:
+    """Client values as arrays; as in the other readings, what others' rows hold is undefined."""
+    by_client = dict(zip(clients, rows, strict=True))
+    filler = rows[0] if clients else jax.tree.map(_zeros, inference.template(t.member))
+    members = [by_client.get(client, filler) for client in range(num_clients)]
+    return feeding.stack_members(members, t.member)
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -217,34 +336,55 @@ class PolymorphicComputation:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        self.__name__ = name_of(function)
+        self._names = tuple(positional_names(function))
         self._traced: dict[Any, Computation] = {}
         self._lock = threading.RLock()  # the function may call this computation with other types
 
-    def __call__(self, *args: Any, num_clients: int | None = None) -> Any:
-        """Runs the computation for the types of `args`, which are `Federated` or placed values."""
+    def __repr__(self) -> str:
+        return f"{self.__name__}: a computation without declared types"
+
+    def __call__(self, *args: Any, num_clients: int | None = None, **kwargs: Any) -> Any:
+        """Runs the computation for the types of its arguments.
+
+        Args:
+          *args: `Federated` values, values of a body, typed functions; numbers and arrays are
+            unplaced values.
+          num_clients: needed only where no argument tells how many clients there are.
+          **kwargs: arguments by the names of the parameters.
+
+        Raises:
+          FederatedTypeError: for a list, which does not tell whether it holds clients.
+        """
+        args = feeding.bind_arguments(self.__name__, self._names, len(self._names), args, kwargs)
         return self.for_types(*map(_type_of_argument, args))(*args, num_clients=num_clients)
 
-    def for_types(self, *parameters: types.Type) -> Computation:
-        """The computation for parameters of these types."""
+    def for_types(self, *parameters: Any) -> Computation:
+        """The computation for parameters of these types, as `to_type` takes them."""
+        key = tuple(map(types.to_type, parameters))
         with self._lock:
-            if parameters not in self._traced:
-                self._traced[parameters] = Computation(trace_program(self.function, parameters))
-            return self._traced[parameters]
+            if key not in self._traced:
+                self._traced[key] = Computation(trace_program(self.function, key))
+            return self._traced[key]
 
 
 def _type_of_argument(arg: Any) -> types.Type:
-    if isinstance(arg, Value):
+    if isinstance(arg, Value | TypedFunction):
         return arg.type_signature
     if isinstance(arg, Federated):
         return feeding.type_of_federated(arg)
-    if isinstance(arg, tuple | list | Mapping):
+    is_leaf = lambda x: isinstance(x, Value | Federated)  # noqa: E731
+    if any(map(is_leaf, jax.tree.leaves(arg, is_leaf=is_leaf))):
         fields, container = types.one_level(arg)
         elements = [(name, _type_of_argument(child)) for name, child in fields]
         return types.StructType(elements, container)
-    raise FederatedTypeError(
-        f"Expected a Federated value for a computation without declared types, got {arg!r}; say "
-        "where it lives with fc.Federated, or declare the types."
-    )
+    if isinstance(arg, list) or callable(arg):
+        raise FederatedTypeError(
+            f"Expected a Federated value, an array or a typed function for a computation without "
+            f"declared types, got {arg!r}; say where it lives with fc.Federated, or declare the "
+            "types."
+        )
+    return inference.infer_type(arg)
 
 
 def federated_computation(*args: Any) -> Any:

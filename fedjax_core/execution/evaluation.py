@@ -8,18 +8,33 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
-from fedjax_core.bits import BitCount
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.execution.convolutions import rewrite_convolutions
-from fedjax_core.language import inference, types
+from fedjax_core.language import types
 from fedjax_core.language.local import Local, Traced
-from fedjax_core.language.program import Constant, Edge, Get, Map, Op, Zip, type_bits
-from fedjax_core.language.types import Type
+from fedjax_core.language.program import (
+    Broadcast,
+    Constant,
+    Get,
+    Map,
+    Op,
+    Place,
+    Request,
+    Select,
+    Zip,
+)
+from fedjax_core.language.values import Sequence
 
 
 def evaluate(op: Op, inputs: list[Any]) -> Any:
-    """The value of a local operation at one member, given its inputs' values there."""
+    """The value of an operation at one member, given its inputs' values there."""
     match op:
+        case Broadcast():
+            return _receive(op, inputs)
+        case Place() | Request():
+            return inputs[0]
+        case Select():
+            return _select(op, *inputs)
         case Constant(value=value):
             return value
         case Map(local=local):
@@ -28,7 +43,25 @@ def evaluate(op: Op, inputs: list[Any]) -> Any:
             return jax.tree.unflatten(tree, inputs)
         case Get(position=position):
             return types.one_level(inputs[0])[0][position][1]
-    raise FederatedTypeError(f"Expected an operation at one member, got {op.describe()}.")
+    raise FederatedTypeError(
+        f"Expected a program without functions as parameters, got {op.describe()} "
+        f"({op.location}); give the computation its functions first, with bind."
+    )
+
+
+def _receive(op: Broadcast, inputs: list[Any]) -> Any:
+    """What a client has after a broadcast."""
+    if op.codec is None:
+        return inputs[0]
+    message, *context = inputs
+    return call_local(op.codec.receive, *context, message)[0]
+
+
+def _select(op: Select, keys: Any, max_key: Any, source: Any) -> Sequence:
+    keys = jnp.clip(jnp.asarray(keys), 0, jnp.maximum(max_key, 1) - 1)
+    num_keys = keys.shape[0]
+    parts = jax.vmap(lambda key: call_local(op.select, source, key))(keys)
+    return Sequence(parts, jnp.int32(0), jnp.int32(num_keys), num_keys)
 
 
 def call_local(local: Local, *args: Any) -> Any:
@@ -57,39 +90,6 @@ def _jitted(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
     return jax.jit(call)
 
 
-def accumulator(t: Type) -> Any:
-    """A zero to sum values of type `t` into, at least 32 bits wide."""
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, _wide(x.dtype)), inference.template(t), is_leaf=_is_shape
-    )
-
-
-def _wide(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return dtype
-    return jnp.promote_types(dtype, _at_least(dtype))
-
-
-def _at_least(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.float32
-    return jnp.uint32 if jnp.issubdtype(dtype, jnp.unsignedinteger) else jnp.int32
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
-
-
-def add(total: Any, value: Any) -> Any:
-    """`total + value`, leaf by leaf in the accumulator's dtype."""
-    return jax.tree.map(lambda a, x: a + x.astype(a.dtype), total, value)
-
-
-def narrow(total: Any, t: Type) -> Any:
-    """An accumulated sum in the dtypes of type `t`."""
-    return jax.tree.map(lambda x, s: x.astype(s.dtype), total, inference.template(t))
-
-
 def mask(keep: jax.Array, value: Any) -> Any:
     """`value` where `keep`, else zeros; never a product, so that what is left out may be NaN."""
     return jax.tree.map(lambda x: jnp.where(keep, x, jnp.zeros_like(x)), value)
@@ -98,8 +98,3 @@ def mask(keep: jax.Array, value: Any) -> Any:
 def select(keep: jax.Array, new: Any, old: Any) -> Any:
     """`new` where `keep`, else `old`."""
     return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
-
-
-def raw_bits(op: Edge, source: Type) -> BitCount:
-    """The size of one raw message of type `source` on the edge `op`."""
-    return BitCount.of(type_bits(source))

@@ -14,19 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_core.bits import BitCount
-from fedjax_core.execution import evaluation
-from fedjax_core.execution.evaluation import call_local, mask, select
-from fedjax_core.language.messages import Received
+from fedjax_core.execution.aggregations import AGGREGATIONS, Axis, message_bits, sent
+from fedjax_core.execution.evaluation import call_local, evaluate
 from fedjax_core.language.program import (
-    Aggregate,
     Broadcast,
+    Collect,
     Constant,
-    Count,
     Edge,
     Op,
     Parameter,
     Program,
-    Sum,
+    Request,
+    SecureSum,
+    Select,
+    goes_up,
     is_at_clients,
     round_trips,
 )
@@ -36,13 +37,19 @@ from fedjax_core.language.values import Sequence
 Values = dict[int, Any]
 
 
-class Partial(NamedTuple):
-    """What a wave adds to one aggregation; () where an aggregation has no use for a part."""
+class Outcome(NamedTuple):
+    """What a run of a program gives.
 
-    total: Any
-    count: Any
-    bits: Any
-    stats: Any
+    Attributes:
+      values: of the results; client values are stacked.
+      ledger: for each edge the bits of this run.
+      violations: for each secure sum that is checked, how many numbers were below and above their
+        bounds.
+    """
+
+    values: Values
+    ledger: Values
+    violations: Values
 
 
 class Waves(NamedTuple):
@@ -60,7 +67,9 @@ class Waves(NamedTuple):
     inverse: jax.Array | None
 
 
-def run(program: Program, values: Values, valid: jax.Array, lanes: int) -> tuple[Values, Values]:
+def run(
+    program: Program, values: Values, valid: jax.Array, lanes: int, axis: Axis = None
+) -> Outcome:
     """Runs a program on stacked values.
 
     Args:
@@ -69,16 +78,16 @@ def run(program: Program, values: Values, valid: jax.Array, lanes: int) -> tuple
         axis.
       valid: bool `[clients]`; a client that is not valid does not exist for any aggregation.
       lanes: how many clients run side by side.
-
-    Returns:
-      The values of the results (client values stacked), and for each edge the bits of this run.
+      axis: the mesh axes that the clients are spread over, where this runs on each device for the
+        clients that it holds.
     """
-    lowering = _Lowering(program, valid, lanes, dict(values))
+    lowering = _Lowering(program, valid, lanes, dict(values), axis)
     for level in range(max(round_trips(program), default=0) + 1):
         lowering.evaluate_uniform(level)
         lowering.run_pass(level)
     known = lowering.values | lowering.outputs
-    return {i: known[i] for i in program.results}, lowering.ledger
+    results = {i: known[i] for i in program.results}
+    return Outcome(results, lowering.ledger, lowering.violations)
 
 
 def is_uniform(op: Op) -> bool:
@@ -106,9 +115,14 @@ class _Lowering:
       values: of the operations that have one value for all.
       outputs: results at the clients, with a clients axis.
       ledger: for each edge its bits.
+      violations: see `Outcome`.
     """
 
-    def __init__(self, program: Program, valid: jax.Array, lanes: int, values: Values) -> None:
+    def __init__(
+        self, program: Program, valid: jax.Array, lanes: int, values: Values, axis: Axis
+    ) -> None:
+        self.program = program
+        self.axis = axis
         self.ops = program.ops
         self.results = program.results
         self.levels = round_trips(program)
@@ -119,47 +133,54 @@ class _Lowering:
         self.values: Values = {i: v for i, v in values.items() if is_uniform(self.ops[i])}
         self.outputs: Values = {}
         self.ledger: Values = {}
+        self.violations: Values = {}
+        self.num_valid = jnp.sum(valid, dtype=jnp.uint32)
+        if axis is not None:
+            self.num_valid = lax.psum(self.num_valid, axis)
 
     def evaluate_uniform(self, level: int) -> None:
         """Computes what is the same everywhere, as far as the passes so far allow."""
         for i, op in enumerate(self.ops):
             if i in self.values or self.levels[i] != level:
                 continue
-            if isinstance(op, Broadcast):
-                self.ledger[i] = self._broadcast_bits(op, self.values[op.inputs[0]])
+            if isinstance(op, Broadcast | Request | Select):
+                self.ledger[i] = self._sent_to_clients(op)
             if self.uniform[i]:
                 inputs = [self.values[j] for j in op.inputs]
                 self.values[i] = evaluate(op, inputs)
 
-    def _broadcast_bits(self, op: Broadcast, message: Any) -> BitCount:
-        """The bits to all clients; a constant is part of the program and costs none."""
-        source = self.ops[op.inputs[0]]
-        if isinstance(source, Constant):
+    def _sent_to_clients(self, op: Edge) -> BitCount:
+        """The bits to all clients, or of all requests; a constant is part of the program."""
+        if isinstance(op, Broadcast) and isinstance(self.ops[op.inputs[0]], Constant):
             return BitCount.zero()
-        bits = (
-            call_local(op.codec.bits, message) if op.codec else evaluation.raw_bits(op, source.type)
-        )
-        return bits.times(jnp.sum(self.valid, dtype=jnp.uint32))
+        if op.codec is None:
+            return message_bits(self.program, op, self.num_valid).times(self.num_valid)
+        return call_local(op.codec.bits, self.values[op.inputs[0]]).times(self.num_valid)
 
     def run_pass(self, level: int) -> None:
         """Runs all clients once, for the aggregations and the client results of this level."""
-        sinks = [i for i, op in enumerate(self.ops) if _goes_up(op) and self.levels[i] == level + 1]
+        rising = [i for i, op in enumerate(self.ops) if goes_up(op) and self.levels[i] == level + 1]
+        collected = {i: self.ops[i].inputs[0] for i in rising if isinstance(self.ops[i], Collect)}
+        sinks = [i for i in rising if i not in collected]
         outputs = [i for i in set(self.results) if self._is_output(i, level)]
-        if not sinks and not outputs:
+        if not rising and not outputs:
             return
+        rows = sorted({*outputs, *collected.values()})
         waves = self._waves()
-        start = {i: self._zero(cast(Edge, self.ops[i])) for i in sinks}
-        needed = self._needed(sinks + outputs)
+        start = {i: _rule(self.ops[i]).zero(self.ops[i], self.values) for i in sinks}
+        needed = self._needed(sinks + rows)
 
         def wave(totals: Values, xs: tuple[Any, Any]) -> tuple[Values, Values]:
             lanes, valid = xs
-            return self._run_wave(lanes, valid, totals, needed, outputs)
+            return self._run_wave(lanes, valid, totals, needed, rows)
 
-        totals, results = _scan(wave, start, (waves.values, waves.valid))
+        totals, stacked = _scan(wave, start, (waves.values, waves.valid))
+        stacked = {i: _unsplit(stacked[i], waves, self.valid.shape[0]) for i in rows}
         for i in sinks:
             self._finish(i, totals[i])
-        for i in outputs:
-            self.outputs[i] = _unsplit(results[i], waves, self.valid.shape[0])
+        for i, source in collected.items():
+            self._collect(i, stacked[source])
+        self.outputs |= {i: stacked[i] for i in outputs}
 
     def _is_output(self, i: int, level: int) -> bool:
         return self.levels[i] == level and not is_uniform(self.ops[i])
@@ -190,7 +211,7 @@ class _Lowering:
             partials, results = jax.tree.map(lambda x: jnp.asarray(x)[None], client(*first))
         else:
             partials, results = jax.vmap(client)(lanes, valid)
-        added = {i: self._add(i, totals[i], partials[i]) for i in totals}
+        added = {i: _rule(self.ops[i]).add(self.ops[i], totals[i], partials[i]) for i in totals}
         return added, results
 
     def _run_client(self, members: Any, needed: list[int]) -> Values:
@@ -200,69 +221,36 @@ class _Lowering:
             op = self.ops[i]
             if isinstance(op, Parameter):
                 values[i] = _join(members[i], self.stacked[i])
-            elif not _goes_up(op):
+            elif not goes_up(op):
                 values[i] = evaluate(op, [values[j] for j in op.inputs])
         return values
 
-    def _contribute(self, i: int, values: Values, is_valid: jax.Array) -> Partial:
+    def _contribute(self, i: int, values: Values, is_valid: jax.Array) -> Any:
         """One client's part of an aggregation."""
         op = self.ops[i]
-        inputs = [values[j] for j in op.inputs]
-        if isinstance(op, Aggregate):
-            return Partial(inputs[0], is_valid, (), ())
-        present = is_valid
-        if isinstance(op, Count):
-            present = present & inputs[0] if inputs else present
-            return Partial((), present.astype(jnp.int32), (), ())
-        return sum_partial(cast(Sum, op), inputs, present)
+        return _rule(op).contribute(op, [values[j] for j in op.inputs], is_valid)
 
-    def _zero(self, op: Op) -> Partial:
-        none = jnp.int32(0)
-        if isinstance(op, Aggregate):
-            return Partial(self.values[op.inputs[1]], none, (), ())
-        if isinstance(op, Count):
-            return Partial((), none, (), ())
-        value, stats = sum_types(cast(Sum, op))
-        bits = BitCount.zero() if cast(Sum, op).codec else ()
-        return Partial(
-            evaluation.accumulator(value),
-            none,
-            bits,
-            evaluation.accumulator(stats) if stats else (),
-        )
-
-    def _add(self, i: int, total: Partial, lanes: Partial) -> Partial:
-        """Adds the parts of a wave, stacked over its lanes, to an aggregation."""
-        op = self.ops[i]
-        count = total.count + jnp.sum(lanes.count, dtype=jnp.int32)
-        if isinstance(op, Aggregate):
-            return Partial(_fold(op, total.total, lanes.total, lanes.count), count, (), ())
-        value = jax.tree.map(
-            lambda a, x: a + jnp.sum(x, axis=0, dtype=a.dtype), total.total, lanes.total
-        )
-        stats = jax.tree.map(
-            lambda a, x: a + jnp.sum(x, axis=0, dtype=a.dtype), total.stats, lanes.stats
-        )
-        bits = total.bits + lanes.bits.sum(axis=0) if isinstance(total.bits, BitCount) else ()
-        return Partial(value, count, bits, stats)
-
-    def _finish(self, i: int, total: Partial) -> None:
+    def _finish(self, i: int, total: Any) -> None:
         """Stores the result of an aggregation, and its bits."""
         op = self.ops[i]
-        if isinstance(op, Count):
-            self.values[i] = total.count
-        elif isinstance(op, Aggregate):
-            self.values[i] = call_local(op.report, total.total)
-            self.ledger[i] = self._sent(op, total)
-        else:
-            self.values[i] = sum_result(cast(Sum, op), total)
-            self.ledger[i] = self._sent(cast(Sum, op), total)
+        if self.axis is not None:
+            total = _rule(op).across(op, total, self.axis)
+        self.values[i] = _rule(op).result(op, total)
+        if isinstance(op, Edge):
+            self.ledger[i] = sent(self.program, op, total)
+        if isinstance(op, SecureSum) and op.is_checked:
+            self.violations[i] = (self.values[i].num_below, self.values[i].num_above)
 
-    def _sent(self, op: Edge, total: Partial) -> BitCount:
-        if isinstance(total.bits, BitCount):
-            return total.bits
-        source = self.ops[op.inputs[0]]
-        return evaluation.raw_bits(op, source.type).times(total.count.astype(jnp.uint32))
+    def _collect(self, i: int, stacked: Any) -> None:
+        """Stores the values of all clients that exist as a sequence at the server."""
+        op = cast(Collect, self.ops[i])
+        valid = self.valid
+        if self.axis is not None:
+            gathered = lax.all_gather((stacked, valid), self.axis)
+            stacked, valid = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), gathered)
+        self.values[i] = collect(stacked, valid)
+        bits = message_bits(self.program, op, self.num_valid)
+        self.ledger[i] = bits.times(self.num_valid)
 
     def _waves(self) -> Waves:
         """Splits the clients into waves, longest sequences first where several share a wave."""
@@ -288,8 +276,19 @@ class _Lowering:
         return jnp.arange(self.valid.shape[0])
 
 
-def _goes_up(op: Op) -> bool:
-    return isinstance(op, Sum | Count | Aggregate)
+def _rule(op: Op) -> Any:
+    return AGGREGATIONS[type(op)]
+
+
+def collect(stacked: Any, valid: jax.Array) -> Sequence:
+    """The values of the clients that are valid, in their order, as one sequence."""
+    num_clients = valid.shape[0]
+    if not num_clients:  # there is no row to take, and a sequence has at least one
+        rows = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), stacked)
+        return Sequence(rows, jnp.int32(0), jnp.int32(0), 1)
+    order = jnp.argsort(~valid, stable=True)
+    rows = jax.tree.map(lambda x: jnp.take(x, order, axis=0), stacked)
+    return Sequence(rows, jnp.int32(0), jnp.sum(valid, dtype=jnp.int32), num_clients)
 
 
 def _is_sequence(x: Any) -> bool:
@@ -339,59 +338,3 @@ def _unsplit(results: Any, waves: Waves, num_clients: int) -> Any:
         return x[:num_clients] if waves.inverse is None else jnp.take(x, waves.inverse, axis=0)
 
     return jax.tree.map(flat, results)
-
-
-def _fold(op: Aggregate, state: Any, members: Any, keep: jax.Array) -> Any:
-    """Accumulates the members of a wave one after the other."""
-
-    def step(state: Any, x: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        member, is_kept = x
-        return select(is_kept, evaluation.accumulate(op.accumulate, state, member), state), None
-
-    state = jax.tree.map(jnp.asarray, state)
-    return lax.scan(step, state, (members, keep))[0]
-
-
-def evaluate(op: Op, inputs: list[Any]) -> Any:
-    """The value of an operation at one member, broadcasts included."""
-    return _receive(op, inputs) if isinstance(op, Broadcast) else evaluation.evaluate(op, inputs)
-
-
-def _receive(op: Broadcast, inputs: list[Any]) -> Any:
-    """What a client has after a broadcast."""
-    if op.codec is None:
-        return inputs[0]
-    message, *context = inputs
-    return call_local(op.codec.receive, *context, message)[0]
-
-
-def sum_types(op: Sum) -> tuple[Any, Any]:
-    """The types of what a sum adds up, and of its statistics (None without a codec)."""
-    if op.codec is None:
-        return cast(FederatedType, op.type).member, None
-    value, stats = op.codec.receive.result.children()
-    return value, stats
-
-
-def sum_partial(op: Sum, inputs: list[Any], is_valid: jax.Array) -> Partial:
-    """One client's part of a sum; nothing at all where the client is not present."""
-    present = is_valid
-    if op.has_presence:
-        *inputs, is_present = inputs
-        present = present & is_present
-    message, *context = inputs
-    count = present.astype(jnp.int32)
-    if op.codec is None:
-        return Partial(mask(present, message), count, (), ())
-    value, stats = call_local(op.codec.receive, *context, message)
-    bits = call_local(op.codec.bits, message)
-    return Partial(mask(present, value), count, mask(present, bits), mask(present, stats))
-
-
-def sum_result(op: Sum, total: Partial) -> Any:
-    """The server's value of a sum."""
-    value, stats = sum_types(op)
-    narrowed = evaluation.narrow(total.total, value)
-    if op.codec is None:
-        return narrowed
-    return Received(narrowed, total.count, total.bits, evaluation.narrow(total.stats, stats))

@@ -1,6 +1,10 @@
-"""What a program sends: every edge with its direction, its type, its codec and its bits."""
+"""What a program sends: every edge with its direction, its type, its codec and its bits.
 
-from collections.abc import Iterator
+Besides the report there are the checks of how aggregations and broadcasts depend on each other.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +13,26 @@ from jax.extend import core as jex_core
 
 from fedjax_core.bits import format_bits
 from fedjax_core.errors import ArgumentError
+from fedjax_core.language import inference, types
+from fedjax_core.language.feeding import type_of_federated
 from fedjax_core.language.local import Local
-from fedjax_core.language.program import Broadcast, Constant, Edge, Program, type_bits
-from fedjax_core.language.types import Type
+from fedjax_core.language.program import (
+    Apply,
+    Broadcast,
+    Constant,
+    Edge,
+    Extreme,
+    Op,
+    Program,
+    Request,
+    SecureSum,
+    Select,
+    goes_up,
+    secure_sum_bits,
+    type_bits,
+)
+from fedjax_core.language.types import StructType, Type
+from fedjax_core.language.values import Federated
 
 
 class EdgeReport(NamedTuple):
@@ -19,13 +40,18 @@ class EdgeReport(NamedTuple):
 
     Attributes:
       direction: "down", from the server, or "up".
-      operator: "broadcast", "sum" or "aggregate".
+      operator: what made it, as in `federated_...`: "broadcast", "sum", "min", "max", "aggregate",
+        "collect", "secure_sum", "secure_modular_sum", "select (keys)" up and "select" down.
       name: of the edge.
       type: of one message.
       codec: the name of its codec, None for raw values.
       bits_per_client: the size of one message; None where it depends on the values.
       bits: of the whole cohort, if every client takes part.
       location: file and line of the operator.
+      visibility: "blind" if the server learns nothing but the total, "clear" if it decodes, or
+        made, each message.
+      round_trip: the round trip that the edge belongs to, from 1. What the server sends after the
+        last aggregation has no way back, and its number is `num_round_trips + 1`.
     """
 
     direction: str
@@ -36,12 +62,27 @@ class EdgeReport(NamedTuple):
     bits_per_client: int | None
     bits: int | None
     location: str
+    visibility: str = "clear"
+    round_trip: int = 1
 
 
 class CommunicationReport(tuple[EdgeReport, ...]):
-    """The edges of a computation; `str` makes a table of them."""
+    """The edges of a computation; `str` makes a table of them.
 
-    __slots__ = ()
+    Attributes:
+      num_round_trips: how often, at most, a result had to go from the clients to the server: the
+        largest number of aggregations on a path, a selection's request counting as one.
+    """
+
+    num_round_trips: int
+
+    def __new__(cls, edges: Iterator[EdgeReport], num_round_trips: int) -> "CommunicationReport":
+        report = super().__new__(cls, edges)
+        report.num_round_trips = num_round_trips
+        return report
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.num_round_trips
 
     @property
     def broadcast_bits(self) -> int | None:
@@ -54,11 +95,12 @@ class CommunicationReport(tuple[EdgeReport, ...]):
         return _total(edge for edge in self if edge.direction == "up")
 
     def __str__(self) -> str:
-        header = ("direction", "operator", "name", "codec", "bits a client", "bits", "type")
-        rows = [header, *(_row(edge) for edge in self)]
-        widths = [min(max(len(row[i]) for row in rows), 40) for i in range(len(header))]
-        lines = ["  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        header = (
+            *("direction", "operator", "name", "codec", "visibility", "trip"),
+            *("bits a client", "bits", "type"),
+        )
+        lines = table([header, *(_row(edge) for edge in self)])
+        return "\n".join([*lines, f"round trips: {self.num_round_trips}"])
 
 
 def _total(edges: Iterator[EdgeReport]) -> int | None:
@@ -67,34 +109,53 @@ def _total(edges: Iterator[EdgeReport]) -> int | None:
 
 
 def _row(edge: EdgeReport) -> tuple[str, ...]:
-    dynamic = "by value"
     return (
         edge.direction,
         edge.operator,
         edge.name,
         edge.codec or "-",
-        dynamic if edge.bits_per_client is None else f"{edge.bits_per_client:,}",
-        dynamic if edge.bits is None else format_bits(edge.bits),
-        _shorten(str(edge.type)),
+        edge.visibility,
+        str(edge.round_trip),
+        show_bits(edge.bits_per_client),
+        "by value" if edge.bits is None else format_bits(edge.bits),
+        shorten(str(edge.type)),
     )
 
 
-def _shorten(text: str, width: int = 60) -> str:
+def show_bits(bits: int | None) -> str:
+    """The size of a message, as printed."""
+    return "by value" if bits is None else f"{bits:,}"
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table with aligned columns."""
+    widths = [min(max(map(len, column)), 40) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) for row in rows]
+    return [line.rstrip() for line in lines]
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """`text`, or what fits of it."""
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def communication(computation: Any, *, num_clients: int) -> CommunicationReport:
+def communication(
+    computation: Any, *args_or_types: Any, num_clients: int
+) -> CommunicationReport:
     """Every edge of a computation, read from its program.
 
     Args:
       computation: a `Computation`, or anything else with a `program`.
+      *args_or_types: for a computation without declared types, its arguments (`Federated` values)
+        or their types. For others they are not needed, and are checked if given.
       num_clients: how many clients take part.
 
     Returns:
       A tuple of `EdgeReport` with totals, which prints as a table.
 
     Raises:
-      ArgumentError: if `num_clients` is negative, or there is no program.
+      ArgumentError: if `num_clients` is negative, there is no program, or types are missing.
+      FederatedTypeError: if the computation does not take arguments of these types.
 
     Examples:
       >>> import numpy as np
@@ -105,38 +166,109 @@ def communication(computation: Any, *, num_clients: int) -> CommunicationReport:
       >>> communication(mean, num_clients=10).aggregate_bits
       320
     """
+    program = program_of(computation, *args_or_types)
+    if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 0:
+        raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
+    levels = _levels(program)
+    edges = (_report(program, op, levels[i], num_clients) for i, op in program.edges)
+    return CommunicationReport(edges, max(levels, default=0))
+
+
+def program_of(computation: Any, *args_or_types: Any) -> Program:
+    """The program of a computation, traced for arguments of these types if it is polymorphic.
+
+    Raises:
+      ArgumentError: if there is no program, or types are missing.
+      FederatedTypeError: if the computation does not take arguments of these types.
+    """
+    given = tuple(_type_of(arg) for arg in args_or_types)
+    if hasattr(computation, "for_types"):
+        if not given:
+            raise ArgumentError(
+                "Expected a computation with declared types, got one that is traced for the types "
+                "it meets; choose them with computation.for_types(...)."
+            )
+        computation = computation.for_types(*given)
     program = getattr(computation, "program", None)
     if not isinstance(program, Program):
         raise ArgumentError(
             f"Expected a federated computation with a program, got {computation!r}."
         )
-    if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 0:
-        raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
-    return CommunicationReport(_report(program, op, num_clients) for _, op in program.edges)
+    if given:
+        _check_arguments(program, given)
+    return program
 
 
-def _report(program: Program, op: Edge, num_clients: int) -> EdgeReport:
-    per_client = bits_per_client(program, op)
-    source = program.ops[op.inputs[0]]
-    is_down = isinstance(op, Broadcast)
+def _type_of(arg: Any) -> Type:
+    if isinstance(arg, Federated):
+        return type_of_federated(arg)
+    leaves = jax.tree.leaves(arg, is_leaf=lambda x: isinstance(x, Federated))
+    if isinstance(arg, tuple | list | Mapping) and any(isinstance(x, Federated) for x in leaves):
+        fields, container = types.one_level(arg)
+        return StructType([(name, _type_of(child)) for name, child in fields], container)
+    return types.to_type(arg)
+
+
+def _check_arguments(program: Program, given: tuple[Type, ...]) -> None:
+    expected = program.argument_types
+    if len(given) != len(expected):
+        raise ArgumentError(
+            f"`{program.name}` expected {len(expected)} arguments, got the types of {len(given)}."
+        )
+    for index, (wanted, t) in enumerate(zip(expected, given, strict=True)):
+        wanted.check_assignable_from(t, program.name_of_argument(index))
+
+
+def _report(program: Program, op: Edge, level: int, num_clients: int) -> EdgeReport:
+    per_client = bits_per_client(program, op, num_clients)
     return EdgeReport(
-        direction="down" if is_down else "up",
-        operator=type(op).__name__.lower(),
+        direction="down" if _goes_down(op) else "up",
+        operator=operator_name(op),
         name=op.label,
-        type=source.type,
+        type=program.message_type(op),
         codec=op.codec.name if op.codec else None,
         bits_per_client=per_client,
         bits=None if per_client is None else per_client * num_clients,
         location=op.location,
+        visibility=visibility(op),
+        round_trip=level + 1 if isinstance(op, Broadcast) else level,
     )
 
 
-def bits_per_client(program: Program, op: Edge) -> int | None:
+def _goes_down(op: Op) -> bool:
+    return isinstance(op, Broadcast | Select)
+
+
+def operator_name(op: Op) -> str:
+    """What made an operation, as its users know it."""
+    match op:
+        case Extreme(is_max=is_max):
+            return "max" if is_max else "min"
+        case SecureSum(modulus=modulus):
+            return "secure_sum" if modulus is None else "secure_modular_sum"
+        case Request():
+            return "select (keys)"
+    return type(op).__name__.lower()
+
+
+def visibility(op: Op) -> str:
+    """Whether the server sees the messages of an edge: "clear" or "blind"."""
+    return "blind" if isinstance(op, SecureSum) else "clear"
+
+
+def bits_per_client(program: Program, op: Edge, num_clients: int) -> int | None:
     """The size of one message on an edge; None where it depends on the values."""
-    source = program.ops[op.inputs[0]]
-    if isinstance(op, Broadcast) and isinstance(source, Constant):
+    if isinstance(op, Broadcast) and isinstance(program.ops[op.inputs[0]], Constant):
         return 0  # part of the program
-    return type_bits(source.type) if op.codec is None else _fixed_bits(op.codec.bits)
+    message = program.message_type(op)
+    if isinstance(op, SecureSum):
+        return secure_sum_bits(op, member_of(message), num_clients)
+    return type_bits(message) if op.codec is None else _fixed_bits(op.codec.bits)
+
+
+def member_of(t: Type) -> Type:
+    """The type of one member's value; `t` itself where it is not placed."""
+    return t.member if isinstance(t, types.FederatedType) else t
 
 
 def _fixed_bits(bits: Local) -> int | None:

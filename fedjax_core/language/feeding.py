@@ -14,7 +14,14 @@ import numpy as np
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import inference, types
 from fedjax_core.language.placements import CLIENTS
-from fedjax_core.language.types import FederatedType, SequenceType, StructType, TensorType, Type
+from fedjax_core.language.types import (
+    FederatedType,
+    FunctionType,
+    SequenceType,
+    StructType,
+    TensorType,
+    Type,
+)
 from fedjax_core.language.values import Federated, Sequence
 
 
@@ -120,10 +127,58 @@ def _fields_of(value: Any, t: StructType, where: str) -> list[Any]:
     return [child for _, child in given]
 
 
+def bind_arguments(
+    name: str, names: tuple[str, ...], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """The arguments of a call in the order of the parameters.
+
+    Args:
+      name: of what is called.
+      names: of its parameters, as far as they have names.
+      count: how many parameters there are.
+      args: given by position.
+      kwargs: given by name.
+
+    Raises:
+      FederatedTypeError: for one that is missing, unknown, or given twice.
+    """
+    unknown = sorted(set(kwargs) - set(names[:count]))
+    if unknown:
+        raise FederatedTypeError(
+            f"`{name}` expected arguments out of {list(names[:count])}, got {unknown}."
+        )
+    twice = [given for given in names[: len(args)] if given in kwargs]
+    if twice:
+        raise FederatedTypeError(f"`{name}` got {twice} by position and by name; give it once.")
+    if not kwargs and len(args) == count:
+        return args
+    by_name = [kwargs[given] for given in names[len(args) : count] if given in kwargs]
+    if len(args) + len(by_name) != count:
+        missing = [given for given in names[len(args) : count] if given not in kwargs]
+        raise FederatedTypeError(
+            f"`{name}` expected {count} arguments, got {len(args) + len(kwargs)}"
+            + (f"; missing {missing}." if missing else ".")
+        )
+    return (*args, *by_name)
+
+
+def contains_str(t: Type) -> bool:
+    """Whether there is a string of the host in values of type `t`."""
+    return (isinstance(t, TensorType) and types.is_str(t.dtype)) or any(
+        map(contains_str, t.children())
+    )
+
+
+def is_composite(t: Type) -> bool:
+    """Whether `t` is a struct of federated types or functions, given and kept leaf by leaf."""
+    return isinstance(t, StructType) and (t.contains(FederatedType) or t.contains(FunctionType))
+
+
 def leaves_of(value: Any, t: Type, where: str) -> list[Any]:
-    """What `value` holds for each federated type in `t`, which is one or a struct of them."""
-    if not isinstance(t, StructType):
+    """What `value` holds for each parameter in `t`, which is one or a struct of them."""
+    if not is_composite(t):
         return [value]
+    assert isinstance(t, StructType)
     fields = zip(t.elements, _fields_of(value, t, where), strict=True)
     return [
         leaf
@@ -136,6 +191,8 @@ def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
     if isinstance(value, Sequence):
         check_runtime(t, inference.infer_type(value), where)
         return value
+    if isinstance(value, Mapping) and isinstance(t.element, StructType):
+        return _to_columns(value, t, where)
     if not isinstance(value, list | tuple | np.ndarray | jax.Array):
         raise FederatedTypeError(
             f"{where}: expected a list of examples of type {t.element}, got {type(value).__name__}."
@@ -145,6 +202,28 @@ def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
         for position, row in enumerate(value)
     ]
     return _stack_rows(rows, t, bucket(len(rows)))
+
+
+def _to_columns(value: Any, t: SequenceType, where: str) -> Sequence:
+    """A sequence of structs from a dict of arrays, each with a leading axis of examples."""
+    columns = to_member(value, _with_leading_axis(t.element), where)
+    sizes = sorted({len(x) for x in jax.tree.leaves(columns)})
+    if len(sizes) != 1:
+        raise FederatedTypeError(
+            f"{where}: expected columns of one number of examples, got {sizes}; pass a list of "
+            "examples, or arrays with one row each."
+        )
+    pad = lambda x: _pad(x, bucket(sizes[0]))  # noqa: E731
+    start, length = cast(Any, np.int32(0)), cast(Any, np.int32(sizes[0]))
+    return Sequence(jax.tree.map(pad, columns), start, length, bucket(sizes[0]))
+
+
+def _with_leading_axis(t: Type) -> Type:
+    if isinstance(t, StructType):
+        children = [(name, _with_leading_axis(child)) for name, child in t.elements]
+        return StructType(children, t.container)
+    assert isinstance(t, TensorType)
+    return TensorType(t.dtype, None if t.shape is None else (None, *t.shape))
 
 
 def _stack_rows(rows: list[Any], t: SequenceType, capacity: int) -> Sequence:
@@ -167,10 +246,19 @@ def bucket(size: int) -> int:
 def to_clients(value: Any, t: FederatedType, where: str) -> Any:
     """Converts a list with one entry a client to a pytree of arrays with a leading clients axis.
 
+    Args:
+      value: a list or tuple with one entry a client, or an array with a leading clients axis.
+      t: a type at the clients.
+      where: names the value in errors.
+
     Raises:
-      FederatedTypeError: for anything but a list or a tuple, or naming the client that does not
-        fit.
+      FederatedTypeError: for anything else, or naming the client that does not fit.
     """
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+        if isinstance(t.member, TensorType) and t.member.shape is not None:
+            stacked = TensorType(t.member.dtype, (None, *t.member.shape))
+            return _to_array(value, stacked, f"{where}, with a leading clients axis")
+        value = list(value)
     if not isinstance(value, list | tuple):
         raise FederatedTypeError(
             f"{where}: expected a list with one entry a client for {t}, got {value!r} of "
@@ -206,16 +294,17 @@ def _stack_sequences(sequences: tuple[Sequence, ...]) -> Sequence:
 
     def stack(*leaves: Any) -> Any:
         rows = max(capacity, *(leaf.shape[0] for leaf in leaves))
-        return _stack(tuple(pad(leaf, rows) for leaf in leaves))
-
-    def pad(x: Any, rows: int) -> Any:
-        numpy = np if isinstance(x, np.ndarray) else jnp
-        return numpy.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return _stack(tuple(_pad(leaf, rows) for leaf in leaves))
 
     elements = jax.tree.map(stack, *(sequence.elements for sequence in sequences))
     starts = np.stack([sequence.start for sequence in sequences])
     lengths = np.stack([sequence.length for sequence in sequences])
     return Sequence(elements, cast(Any, starts), cast(Any, lengths), capacity)
+
+
+def _pad(x: Any, rows: int) -> Any:
+    numpy = np if isinstance(x, np.ndarray) else jnp
+    return numpy.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def to_placed(value: Any, t: FederatedType, where: str) -> Federated:
@@ -286,6 +375,11 @@ def to_python(value: Federated) -> Any:
     return [_with_lists(_row(host, client)) for client in range(num_clients or 0)]
 
 
+def to_host(value: Any) -> Any:
+    """An unplaced result as NumPy arrays and scalars, its sequences as lists of examples."""
+    return _with_lists(jax.tree.map(_to_host, value))
+
+
 def _row(arrays: Any, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], arrays)
 
@@ -302,6 +396,8 @@ def _with_lists(member: Any) -> Any:
 
 
 def _to_host(x: Any) -> Any:
+    if isinstance(x, str):
+        return x
     if types.is_extended_dtype(x.dtype):
         return x
     array = np.asarray(x)

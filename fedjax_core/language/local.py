@@ -13,7 +13,7 @@ from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference, types
-from fedjax_core.language.feeding import check_runtime, to_member
+from fedjax_core.language.feeding import check_runtime
 from fedjax_core.language.types import FunctionType, StructType, Type
 
 # Sequences are traced at this capacity where a program is defined; at run time the function is
@@ -85,14 +85,14 @@ def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local
     """Traces `function` for arguments of the given types.
 
     Args:
-      function: a Python callable or a `JaxComputation`.
+      function: a Python callable or a `TypedFunction`.
       parameters: unplaced types, one for each positional argument.
       what: names the operator in errors.
 
     Raises:
       FederatedTypeError: where the function does not take these types.
     """
-    if isinstance(function, JaxComputation):
+    if isinstance(function, TypedFunction):
         function.check_takes(parameters, what)
         function = function.function
     if not callable(function):
@@ -136,97 +136,53 @@ def _shapes_key(args: Any) -> Any:
     return tree, tuple((tuple(x.shape), x.dtype) for x in leaves)
 
 
-class JaxComputation:
-    """A JAX function with declared types, ready to be mapped; made by `jax_computation`.
+class TypedFunction:
+    """A function of one member's values whose types are declared.
 
     Attributes:
-      function: the Python function.
+      function: what is traced, with one positional argument per entry of `parameters`.
+      parameters: the types of the arguments.
       type_signature: its `FunctionType`.
     """
 
-    def __init__(self, function: Callable[..., Any], parameters: tuple[Type, ...]) -> None:
-        self.function = function
-        self.parameters = parameters
-        self._local = trace_local(function, parameters, "jax_computation")
-        self.type_signature = FunctionType(
-            pack_parameters(function, parameters), self._local.result
-        )
-
-    def __repr__(self) -> str:
-        return f"{name_of(self.function)}: {self.type_signature}"
-
-    def __call__(self, *args: Any) -> Any:
-        """Runs the function on values of the declared types, sequences given as lists."""
-        if len(args) != len(self.parameters):
-            raise FederatedTypeError(
-                f"`{name_of(self.function)}` expected {len(self.parameters)} arguments of type "
-                f"{self.type_signature.parameter}, got {len(args)}."
-            )
-        members = [
-            to_member(arg, t, f"argument {position} of `{name_of(self.function)}`")
-            for position, (arg, t) in enumerate(zip(args, self.parameters, strict=True))
-        ]
-        return self._local(*members)
+    function: Callable[..., Any]
+    parameters: tuple[Type, ...]
+    type_signature: FunctionType
 
     def check_takes(self, parameters: tuple[Type, ...], what: str) -> None:
         """Raises unless arguments of these types may be passed."""
+        name = name_of(self.function)
         if len(parameters) != len(self.parameters):
             raise FederatedTypeError(
-                f"{what}: expected {len(self.parameters)} arguments for {self!r}, got "
-                f"{len(parameters)}."
+                f"{what}: expected {len(self.parameters)} arguments for `{name}` of type "
+                f"{self.type_signature}, got {len(parameters)}."
             )
         for position, (expected, got) in enumerate(zip(self.parameters, parameters, strict=True)):
-            expected.check_assignable_from(
-                got, f"argument {position} of `{name_of(self.function)}` ({what})"
-            )
+            expected.check_assignable_from(got, f"argument {position} of `{name}` ({what})")
 
 
 def pack_parameters(function: Callable[..., Any], parameters: tuple[Type, ...]) -> Type | None:
     """One type for all parameters: none, the only one, or a struct named as in Python."""
+    return pack_types(tuple(positional_names(function)), parameters)
+
+
+def pack_types(names: tuple[str, ...], parameters: tuple[Type, ...]) -> Type | None:
+    """As `pack_parameters`, for parameters of these names."""
     if len(parameters) < 2:
         return parameters[0] if parameters else None
-    names = _positional_names(function)
     if len(names) < len(parameters):  # *args, or a function without a signature
         return StructType(parameters)
     return StructType(list(zip(names, parameters, strict=False)))
 
 
-def _positional_names(function: Callable[..., Any]) -> list[str]:
+def positional_names(function: Callable[..., Any]) -> list[str]:
+    """The names of the parameters that can be given by position; empty where it has no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return []
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in parameters if p.kind in kinds]
-
-
-def jax_computation(*args: Any) -> Any:
-    """A JAX function of one member's values, with declared types.
-
-    Use it as `@jax_computation(T1, T2)` or as `jax_computation(function, T1, T2)`. Without types
-    the function itself is returned: wherever it is mapped, it is traced for the types it meets.
-
-    Args:
-      *args: the types of the parameters, as `to_type` takes them, after the function if given.
-
-    Raises:
-      FederatedTypeError: if the function cannot be traced for these types.
-
-    Examples:
-      >>> import numpy as np
-      >>> add_half = jax_computation(lambda x: x + 0.5, np.float32)
-      >>> str(add_half.type_signature), float(add_half(1.0))
-      ('(float32 -> float32)', 1.5)
-    """
-    function, specs = split_function(args)
-    parameters = tuple(types.to_type(spec) for spec in specs)
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        if not parameters and inspect.signature(function).parameters:
-            return function
-        return JaxComputation(function, parameters)
-
-    return decorate if function is None else decorate(function)
 
 
 def split_function(args: tuple[Any, ...]) -> tuple[Callable[..., Any] | None, tuple[Any, ...]]:

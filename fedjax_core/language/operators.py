@@ -3,10 +3,15 @@
     federated_value      T -> T@P
     federated_zip        <{T}@P,{U}@P> -> {<T,U>}@P
     federated_map        <(T -> U),{T}@P> -> {U}@P
+    federated_eval       <( -> T)> -> {T}@CLIENTS, T@SERVER
     federated_broadcast  T@SERVER -> T@CLIENTS
     federated_sum        {T}@CLIENTS -> T@SERVER
     federated_mean       <{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER
+    federated_min        {T}@CLIENTS -> T@SERVER
+    federated_max        {T}@CLIENTS -> T@SERVER
+    federated_collect    {T}@CLIENTS -> T*@SERVER
     federated_aggregate  <{T}@CLIENTS,U,(<U,T> -> U),(<U,U> -> U),(U -> R)> -> R@SERVER
+    federated_select     <{int32[n]}@CLIENTS,int32@SERVER,T@SERVER,(<T,int32> -> U)> -> {U*}@CLIENTS
 
 They are used in the body of a federated computation and append one or a few operations to its
 program.
@@ -20,18 +25,37 @@ import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference
-from fedjax_core.language.local import JaxComputation, trace_local
+from fedjax_core.language.local import TypedFunction
+from fedjax_core.language.mapping import federated_eval as federated_eval
 from fedjax_core.language.mapping import federated_map as federated_map
-from fedjax_core.language.mapping import federated_type_of, placed, presence
+from fedjax_core.language.mapping import federated_type_of, local_of, placed, presence
 from fedjax_core.language.mapping import federated_value as federated_value
 from fedjax_core.language.mapping import federated_zip as federated_zip
 from fedjax_core.language.messages import EdgeCodec, broadcast_encoded, sum_encoded
 from fedjax_core.language.placements import CLIENTS, SERVER
-from fedjax_core.language.program import Aggregate, Broadcast, Count, Sum, type_bits
-from fedjax_core.language.tracing import Value, current_builder, location, position_of
-from fedjax_core.language.types import FederatedType, TensorType, Type
+from fedjax_core.language.program import (
+    Aggregate,
+    Broadcast,
+    Collect,
+    Count,
+    Extreme,
+    Request,
+    Select,
+    Sum,
+    type_bits,
+)
+from fedjax_core.language.tracing import (
+    Value,
+    current_builder,
+    is_placed,
+    location,
+    operator,
+    position_of,
+)
+from fedjax_core.language.types import FederatedType, SequenceType, TensorType, Type
 
 
+@operator
 def federated_broadcast(
     value: Any, *, codec: EdgeCodec | None = None, name: str = "value"
 ) -> Value:
@@ -55,12 +79,10 @@ def federated_broadcast(
     type_bits(member)  # refuses what has no size
     t = FederatedType(member, CLIENTS, all_equal=True)
     inputs = (position_of(value, builder, "federated_broadcast"),)
-    return builder.add_once(
-        ("broadcast", inputs),  # what the clients have, they need not be sent again
-        lambda: Broadcast(type=t, inputs=inputs, label=name, location=location()),
-    )
+    return builder.add(Broadcast(type=t, inputs=inputs, label=name, location=location()))
 
 
+@operator
 def federated_sum(
     value: Any,
     *,
@@ -70,7 +92,9 @@ def federated_sum(
 ) -> Value:
     """Sums the clients' values: `{T}@CLIENTS -> T@SERVER`; zero if there are none.
 
-    Small dtypes are accumulated in 32 bits, and the result has the value's dtype again.
+    Small dtypes are accumulated in 32 bits, and the result has the value's dtype again. A sum of
+    integers that the dtype does not hold is the nearest number that it does hold, in whatever order
+    the values were added: 200 clients' int8 ones sum to 127.
 
     Args:
       value: numbers or structs of them, at the clients.
@@ -106,6 +130,7 @@ def federated_sum(
     )
 
 
+@operator
 def federated_count(present: Value | None = None) -> Value:
     """The number of clients, or of those present: `{bool}@CLIENTS -> int32@SERVER`, at no cost."""
     builder = current_builder("federated_count")
@@ -113,11 +138,10 @@ def federated_count(present: Value | None = None) -> Value:
         position_of(v, builder, "federated_count") for v in presence(present, "federated_count")
     )
     t = FederatedType(TensorType(np.int32), SERVER)
-    return builder.add_once(
-        ("count", inputs), lambda: Count(type=t, inputs=inputs, location=location())
-    )
+    return builder.add(Count(type=t, inputs=inputs, location=location()))
 
 
+@operator
 def federated_mean(
     value: Any,
     weight: Any = None,
@@ -210,6 +234,7 @@ def divide(total: Any, weight: jax.Array) -> Any:
     return jax.tree.map(ratio, total)
 
 
+@operator
 def federated_aggregate(
     value: Any, zero: Any, accumulate: Any, merge: Any, report: Any, *, name: str = "value"
 ) -> Value:
@@ -217,7 +242,8 @@ def federated_aggregate(
 
     Args:
       value: at the clients.
-      zero: an unplaced constant, neutral for `merge`; the accumulator of no clients.
+      zero: an unplaced constant, or a value at the server, neutral for `merge`; the accumulator of
+        no clients.
       accumulate: `(accumulator, value) -> accumulator`.
       merge: `(accumulator, accumulator) -> accumulator`, for partial aggregates.
       report: `(accumulator) -> result`.
@@ -230,14 +256,15 @@ def federated_aggregate(
     value = placed(value, CLIENTS, what)
     member = federated_type_of(value, what).member
     type_bits(member)  # refuses what has no size
-    start = federated_value(zero, SERVER)
+    start = zero if isinstance(zero, Value) and is_placed(zero) else federated_value(zero, SERVER)
+    start = placed(start, SERVER, f"{what}: zero")
     state = federated_type_of(start, what).member
     _check_zero(state, accumulate)
-    accumulator = trace_local(accumulate, (state, member), f"{what}: accumulate")
-    merger = trace_local(merge, (state, state), f"{what}: merge")
+    accumulator = local_of(accumulate, (state, member), f"{what}: accumulate")
+    merger = local_of(merge, (state, state), f"{what}: merge")
     for part, local in (("accumulate", accumulator), ("merge", merger)):
         state.check_assignable_from(local.result, f"the result of `{part}`")
-    reporter = trace_local(report, (state,), f"{what}: report")
+    reporter = local_of(report, (state,), f"{what}: report")
     builder = current_builder(what)
     return builder.add(
         Aggregate(
@@ -253,5 +280,143 @@ def federated_aggregate(
 
 
 def _check_zero(state: Type, accumulate: Any) -> None:
-    if isinstance(accumulate, JaxComputation):
+    if isinstance(accumulate, TypedFunction):
         accumulate.parameters[0].check_assignable_from(state, "`zero`")
+
+
+@operator
+def federated_min(value: Any, *, present: Value | None = None, name: str = "value") -> Value:
+    """The smallest of the clients' values, element by element: `{T}@CLIENTS -> T@SERVER`.
+
+    Over no clients it is the largest value of the dtype, infinity for floats. NaN wins over numbers.
+
+    Args:
+      value: real numbers or structs of them, at the clients.
+      present: bool at the clients; one that is False sends nothing and counts for nothing.
+      name: of the edge.
+
+    Raises:
+      PlacementError: if the value is not at the clients.
+      FederatedTypeError: for values that have no order (booleans, complex numbers, keys).
+    """
+    return _extreme(value, present, name, is_max=False)
+
+
+@operator
+def federated_max(value: Any, *, present: Value | None = None, name: str = "value") -> Value:
+    """The largest of the clients' values, element by element: `{T}@CLIENTS -> T@SERVER`.
+
+    Over no clients it is the smallest value of the dtype, minus infinity for floats. NaN wins over
+    numbers. Arguments and errors as those of `federated_min`.
+    """
+    return _extreme(value, present, name, is_max=True)
+
+
+def _extreme(value: Any, present: Value | None, name: str, is_max: bool) -> Value:
+    what = f"federated_{'max' if is_max else 'min'}"
+    builder = current_builder(what)
+    value = placed(value, CLIENTS, what)
+    member = federated_type_of(value, what).member
+    if not inference.is_min_max_compatible(member):
+        raise FederatedTypeError(
+            f"{what}: expected real numbers of fixed shape, got {value.type_signature}; convert "
+            "them in federated_map."
+        )
+    inputs = (value, *presence(present, what))
+    return builder.add(
+        Extreme(
+            type=FederatedType(member, SERVER),
+            inputs=tuple(position_of(v, builder, what) for v in inputs),
+            label=name,
+            is_max=is_max,
+            has_presence=present is not None,
+            location=location(),
+        )
+    )
+
+
+@operator
+def federated_collect(value: Any, *, name: str = "value") -> Value:
+    """Every client's value, at the server: `{T}@CLIENTS -> T*@SERVER`.
+
+    The server sees each value, its memory grows with the cohort, and the analysis reports it. The
+    order is that of the clients.
+
+    Args:
+      value: at the clients, of a fixed size.
+      name: of the edge.
+
+    Raises:
+      PlacementError: if the value is not at the clients.
+      FederatedTypeError: for sequences, which have no fixed size.
+    """
+    what = "federated_collect"
+    builder = current_builder(what)
+    value = placed(value, CLIENTS, what)
+    member = federated_type_of(value, what).member
+    type_bits(member)  # refuses what has no size
+    return builder.add(
+        Collect(
+            type=FederatedType(SequenceType(member), SERVER),
+            inputs=(position_of(value, builder, what),),
+            label=name,
+            location=location(),
+        )
+    )
+
+
+@operator
+def federated_select(
+    client_keys: Any, max_key: Any, server_val: Any, select_fn: Any, *, name: str = "value"
+) -> Value:
+    """Gives each client the parts of the server's value that it asks for.
+
+    `<{int32[n]}@CLIENTS,int32@SERVER,T@SERVER,(<T,int32> -> U)> -> {U*}@CLIENTS`. The keys go to the
+    server in clear; what it selects comes back, and nothing else of its value.
+
+    Args:
+      client_keys: `int32[n]` at the clients; a key outside of `0 .. max_key - 1` is taken for the
+        nearest one inside.
+      max_key: how many keys there are: int32 at the server, or a constant.
+      server_val: at the server.
+      select_fn: `(server_val, key) -> part`, run at the server.
+      name: of the edges.
+
+    Returns:
+      A sequence of `n` parts at each client, in the order of its keys.
+
+    Raises:
+      FederatedTypeError: where a type does not fit.
+    """
+    what = "federated_select"
+    builder = current_builder(what)
+    keys = placed(client_keys, CLIENTS, what)
+    key_type = federated_type_of(keys, what).member
+    is_vector = isinstance(key_type, TensorType) and key_type.shape and len(key_type.shape) == 1
+    if not is_vector or key_type.dtype != np.int32:
+        raise FederatedTypeError(
+            f"{what}: expected client_keys of type {{int32[n]}}@CLIENTS, got {keys.type_signature}."
+        )
+    limit = max_key if isinstance(max_key, Value) else federated_value(np.int32(max_key), SERVER)
+    limit, source = placed(limit, SERVER, what), placed(server_val, SERVER, what)
+    TensorType(np.int32).check_assignable_from(federated_type_of(limit, what).member, "max_key")
+    members = (federated_type_of(source, what).member, TensorType(np.int32))
+    select = local_of(select_fn, members, f"{what}: select_fn")
+    type_bits(select.result)  # refuses what has no size
+    request = builder.add(
+        Request(
+            type=keys.type_signature,
+            inputs=(position_of(keys, builder, what),),
+            label=name,
+            location=location(),
+        )
+    )
+    return builder.add(
+        Select(
+            type=FederatedType(SequenceType(select.result), CLIENTS),
+            inputs=tuple(position_of(v, builder, what) for v in (request, limit, source)),
+            label=name,
+            select=select,
+            location=location(),
+        )
+    )

@@ -216,6 +216,7 @@ class Program:
       parameter_tree: the arguments' structure with positions in `ops` at the leaves.
       result_tree: the result's structure, likewise.
       type_signature: the `FunctionType` of the whole.
+      parameter_names: of the arguments, where they have names.
     """
 
     name: str
@@ -223,6 +224,7 @@ class Program:
     parameter_tree: Any
     result_tree: Any
     type_signature: FunctionType
+    parameter_names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -240,6 +242,14 @@ class Program:
         """The crossings, each with its position in `ops`."""
         return tuple((i, op) for i, op in enumerate(self.ops) if isinstance(op, Edge))
 
+    def message_type(self, op: Edge) -> Type:
+        """The type of what one client sends, or is sent, on an edge."""
+        source = self.ops[op.inputs[0]].type
+        if not isinstance(op, Select):
+            return source
+        (num_keys,) = cast(Any, source).member.shape
+        return StructType([op.select.result] * num_keys)
+
     @property
     def parameters(self) -> tuple[int, ...]:
         """The positions of the parameters."""
@@ -251,18 +261,36 @@ class Program:
         Raises:
           FederatedTypeError: for another number of arguments, or another structure.
         """
-        packed = self.type_signature.parameter
-        expected = len(self.parameter_tree)
-        if len(args) != expected:
+        expected = self.argument_types
+        if len(args) != len(expected):
             raise FederatedTypeError(
-                f"`{self.name}` expected {expected} arguments of type {packed}, got {len(args)}."
+                f"`{self.name}` expected {len(expected)} arguments of type "
+                f"{self.type_signature.parameter}, got {len(args)}."
             )
-        wanted = [packed] if expected == 1 else [] if packed is None else packed.children()
         return [
             leaf
-            for index, (arg, t) in enumerate(zip(args, wanted, strict=True))
-            for leaf in leaves_of(arg, cast(Type, t), f"argument {index} of `{self.name}`")
+            for index, (arg, t) in enumerate(zip(args, expected, strict=True))
+            for leaf in leaves_of(arg, t, self.name_of_argument(index))
         ]
+
+    def name_of_argument(self, index: int) -> str:
+        """What errors call an argument."""
+        names = self.parameter_names
+        called = f" `{names[index]}`" if index < len(names) else ""
+        return f"argument {index}{called} of `{self.name}`"
+
+    @property
+    def argument_types(self) -> tuple[Type, ...]:
+        """The types of the arguments, one for each."""
+        packed = self.type_signature.parameter
+        if packed is None:
+            return ()
+        return (packed,) if len(self.parameter_tree) == 1 else tuple(packed.children())
+
+    @property
+    def types(self) -> tuple[Type, ...]:
+        """The types of all operations."""
+        return tuple(op.type for op in self.ops)
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -298,6 +326,40 @@ def type_bits(t: Type) -> int:
 def goes_up(op: Op) -> bool:
     """Whether `op` makes one value at the server of those at the clients."""
     return isinstance(op, Sum | Count | Extreme | SecureSum | Aggregate | Collect)
+
+
+def secure_sum_bits(op: SecureSum, member: Type, num_clients: int) -> int:
+    """The bits that one of `num_clients` clients sends for a secure sum of values of type `member`.
+
+    An element takes a number of the field that the sum is computed in. That of a modular sum is
+    known; that of a bounded one has to hold the sum over all clients: `ceil(log2(num_clients))`
+    bits more than a value. Where the values out of bounds are counted, so have the two counts.
+    """
+    return secure_base_bits(op, member) + secure_elements(op, member) * log2_ceil(num_clients)
+
+
+def secure_base_bits(op: SecureSum, member: Type) -> int:
+    """The part of `secure_sum_bits` that does not depend on the number of clients."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(inference.template(member))]
+    if op.modulus is not None:
+        widths = [log2_ceil(modulus) for modulus in op.modulus]
+    else:
+        pairs = zip(op.lower, op.upper, strict=True)
+        widths = [(upper - lower).bit_length() for lower, upper in pairs]
+    bits = sum(size * width for size, width in zip(sizes, widths, strict=True))
+    return bits if op.is_checked else bits + 2 * sum(sizes).bit_length()
+
+
+def secure_elements(op: SecureSum, member: Type) -> int:
+    """How many numbers of a secure sum grow by a bit with each doubling of the clients."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(inference.template(member))]
+    counts = 0 if op.is_checked else 2
+    return counts if op.modulus is not None else sum(sizes) + counts
+
+
+def log2_ceil(n: int) -> int:
+    """The smallest `k` with `2**k >= n`; 0 for `n < 2`."""
+    return max(n - 1, 0).bit_length()
 
 
 def is_at_clients(op: Op) -> bool:

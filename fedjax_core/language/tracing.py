@@ -1,26 +1,25 @@
-"""Tracing: a Python function of placed values becomes a `Program`.
+"""The values in the body of a federated computation, and the program they are building.
 
-Inside the body a placed value is opaque: it has a type and fields, but no arithmetic and no truth
-value, because there is nothing to compute with yet. Operators append to the program of the
-innermost body that this thread is tracing.
+A value is opaque: it has a type and fields, but no arithmetic and no truth value, because there is
+nothing to compute with yet. Operators append to the program of the innermost body that this thread
+is tracing.
 """
 
 import contextlib
-import dataclasses
+import functools
 import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
-from fedjax_core.errors import ContextError, FederatedTypeError, PlacementError
-from fedjax_core.language import types
-from fedjax_core.language.local import name_of, pack_parameters
-from fedjax_core.language.program import Get, Op, Parameter, Program, Zip
+from fedjax_core.errors import ContextError, FederatedTypeError, FedjaxError, PlacementError
+from fedjax_core.language import inference, types
+from fedjax_core.language.feeding import to_member
+from fedjax_core.language.placements import Placement
+from fedjax_core.language.program import Apply, Broadcast, Constant, Count, Get, Op, Zip
 from fedjax_core.language.types import FederatedType, FunctionType, StructType, Type
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,10 +27,10 @@ _THREAD = threading.local()
 
 
 class Value:
-    """A placed value in the body of a federated computation.
+    """A value in the body of a federated computation: placed, unplaced, or a function.
 
     Attributes:
-      type_signature: its `FederatedType`.
+      type_signature: its type, a `FederatedType` where it is placed.
     """
 
     def __init__(self, builder: "Builder", position: int, t: Type) -> None:
@@ -60,9 +59,7 @@ class Value:
         return get(self, self._struct(key).position(key))
 
     def _struct(self, key: Any = None) -> StructType:
-        member = (
-            self.type_signature.member if isinstance(self.type_signature, FederatedType) else None
-        )
+        member = member_of(self.type_signature)
         if isinstance(member, StructType):
             return member
         wanted = "" if key is None else f" with a field {key!r}"
@@ -79,11 +76,13 @@ class Value:
             "into a function, and apply it with federated_map."
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses: no placed value is a function."""
-        raise SyntaxError(
-            f"A value of type {self.type_signature} is no function and cannot be called."
-        )
+    def __call__(self, *args: Any) -> "Value":
+        """Calls a function that is a parameter."""
+        if not isinstance(self.type_signature, FunctionType):
+            raise SyntaxError(
+                f"A value of type {self.type_signature} is no function and cannot be called."
+            )
+        return apply_function(self, args)
 
     __invert__ = __rpow__ = __rmatmul__ = __rfloordiv__ = __rmod__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
@@ -102,19 +101,31 @@ class Builder:
         self.memo: dict[Any, Value] = {}
 
     def add(self, op: Op) -> Value:
-        """Appends `op` and returns its value."""
+        """Appends `op` and returns its value; that of an equal one if there is one already."""
+        key = _identity(op)
+        if key in self.memo:
+            return self.memo[key]
         self.ops.append(op)
-        return Value(self, len(self.ops) - 1, op.type)
+        value = Value(self, len(self.ops) - 1, op.type)
+        if key is not None:
+            self.memo[key] = value
+        return value
 
-    def add_once(self, key: Any, make: Callable[[], Op]) -> Value:
-        """As `add`, but an operation with the same key is made only once."""
-        if key not in self.memo:
-            self.memo[key] = self.add(make())
-        return self.memo[key]
+
+def _identity(op: Op) -> Any:
+    """What two operations share that have the same value; None for one that may differ."""
+    match op:
+        case Get(inputs=inputs, position=position):
+            return "get", inputs, position
+        case Count(inputs=inputs):
+            return "count", inputs
+        case Broadcast(inputs=inputs, codec=None):
+            return "broadcast", inputs  # what the clients have, they need not be sent again
+    return None
 
 
 @contextlib.contextmanager
-def _building() -> Iterator[Builder]:
+def building() -> Iterator[Builder]:
     stack = _THREAD.__dict__.setdefault("stack", [])
     stack.append(Builder())
     try:
@@ -167,53 +178,104 @@ _ROOTS = tuple(
 )
 
 
+def operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the errors of an operator name the line of the user's code that called it."""
+
+    @functools.wraps(function)
+    def located(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            _locate(error, function.__name__)
+            raise
+
+    return located
+
+
+def _locate(error: Exception, name: str) -> None:
+    """Says once where the innermost operator that failed was called."""
+    if getattr(error, "_is_located", False):
+        return
+    where = location()
+    if isinstance(error, FedjaxError) and where:
+        error.args = (f"{error.args[0]} ({where})", *error.args[1:])
+    else:
+        error.add_note(f"In {name}, called at {where or 'an unknown place'}.")
+    error.__dict__["_is_located"] = True
+
+
+def member_of(t: Type) -> Type:
+    """The type of one member's value; `t` itself where it is not placed."""
+    return t.member if isinstance(t, FederatedType) else t
+
+
+def like(t: Type, member: Type) -> Type:
+    """The type `member`, placed as `t` is."""
+    return FederatedType(member, t.placement, t.all_equal) if isinstance(t, FederatedType) else member
+
+
 def get(value: Value, position: int) -> Value:
     """The field of a placed struct at `position`, itself placed."""
     builder = current_builder("get")
     t = value.type_signature
-    assert isinstance(t, FederatedType)
-    assert isinstance(t.member, StructType)
+    member = member_of(t)
+    assert isinstance(member, StructType)
     source = position_of(value, builder, "get")
-    field = FederatedType(t.member.elements[position][1], t.placement, t.all_equal)
-    return builder.add_once(
-        ("get", source, position),
-        lambda: Get(type=field, inputs=(source,), position=position, location=location()),
-    )
+    field = like(t, member.elements[position][1])
+    return builder.add(Get(type=field, inputs=(source,), position=position, location=location()))
 
 
-def zip_values(tree: Any, operator: str) -> Value:
-    """Makes one placed struct of a pytree of placed values at one placement.
+def zip_values(tree: Any, what: str) -> Value:
+    """Makes one struct of a pytree of values at one placement, or of unplaced values and constants.
 
     Raises:
-      FederatedTypeError: if a leaf is not placed, or the placements differ.
+      FederatedTypeError: if some leaves are placed and others are not, or the placements differ.
     """
     if isinstance(tree, Value):
         return tree
-    builder = current_builder(operator)
     leaves, container = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Value))
-    for leaf in leaves:
-        if not isinstance(leaf, Value) or not isinstance(leaf.type_signature, FederatedType):
-            raise FederatedTypeError(
-                f"{operator}: expected placed values, got {leaf!r}; place a constant with "
-                "federated_value."
-            )
-    if not leaves:
-        raise FederatedTypeError(f"{operator}: expected at least one placed value, got {tree!r}.")
-    placements = {leaf.type_signature.placement for leaf in leaves}
+    if not any(isinstance(leaf, Value) for leaf in leaves):
+        raise FederatedTypeError(
+            f"{what}: expected placed values, got {tree!r}; place a constant with federated_value."
+        )
+    unplaced = [x for x in leaves if not isinstance(x, Value) or not is_placed(x)]
+    if not unplaced:
+        return _zip_placed(leaves, container, what)
+    if len(unplaced) < len(leaves):
+        raise PlacementError(
+            f"{what}: expected placed values, got {unplaced[0]!r} among them; place it with "
+            "federated_value."
+        )
+    values = [as_value(leaf, what) for leaf in leaves]
+    t = _nested_struct(jax.tree.unflatten(container, [value.type_signature for value in values]))
+    return _add_zip(values, container, t, what)
+
+
+def as_value(leaf: Any, what: str) -> Value:
+    """`leaf`, as an unplaced constant unless it is a value already."""
+    if isinstance(leaf, Value):
+        return leaf
+    t = inference.infer_type(leaf)
+    return constant(to_member(leaf, t, what), t, what)
+
+
+def _add_zip(values: list[Value], container: Any, t: Type, what: str) -> Value:
+    builder = current_builder(what)
+    inputs = tuple(position_of(value, builder, what) for value in values)
+    return builder.add(Zip(type=t, inputs=inputs, tree=container, location=location()))
+
+
+def _zip_placed(values: list[Value], container: Any, what: str) -> Value:
+    found = [cast(FederatedType, value.type_signature) for value in values]
+    placements = {t.placement for t in found}
     if len(placements) > 1:
         raise PlacementError(
-            f"{operator}: expected values at one placement, got "
-            f"{[str(leaf.type_signature) for leaf in leaves]}; use federated_broadcast, or "
-            "aggregate first."
+            f"{what}: expected values at one placement, got {[str(t) for t in found]}; use "
+            "federated_broadcast, or aggregate first."
         )
-    members = [leaf.type_signature.member for leaf in leaves]
-    t = FederatedType(
-        _nested_struct(jax.tree.unflatten(container, members)),
-        placements.pop(),
-        all(leaf.type_signature.all_equal for leaf in leaves),
-    )
-    inputs = tuple(position_of(leaf, builder, operator) for leaf in leaves)
-    return builder.add(Zip(type=t, inputs=inputs, tree=container, location=location()))
+    struct = _nested_struct(jax.tree.unflatten(container, [t.member for t in found]))
+    t = FederatedType(struct, placements.pop(), all(t.all_equal for t in found))
+    return _add_zip(values, container, t, what)
 
 
 def _nested_struct(tree: Any) -> Type:
@@ -223,92 +285,66 @@ def _nested_struct(tree: Any) -> Type:
     return StructType([(name, _nested_struct(child)) for name, child in fields], container)
 
 
-def inline(program: Program, args: tuple[Any, ...], operator: str) -> Any:
-    """Appends the operations of `program`, applied to placed values, to the one under construction.
+def constant(value: Any, t: Type, operator_name: str) -> Value:
+    """An unplaced or placed constant of the program."""
+    return current_builder(operator_name).add(Constant(type=t, value=value, location=location()))
+
+
+def apply_function(function: Value, args: tuple[Any, ...]) -> Value:
+    """A call of a function that is a parameter of the computation.
+
+    On placed values, a function of unplaced ones is mapped.
 
     Raises:
-      FederatedTypeError: where an argument does not have the parameter's type.
+      FederatedTypeError: where the arguments do not fit its type.
     """
-    builder = current_builder(operator)
-    given = [zip_values(x, operator) for x in program.leaves_of(args)]
-    wanted = [program.ops[i].type for i in program.parameters]
-    for index, (value, t) in enumerate(zip(given, wanted, strict=True)):
-        t.check_assignable_from(value.type_signature, f"argument {index} of `{operator}`")
-    values = dict(zip(program.parameters, given, strict=True))
-    for index, op in enumerate(program.ops):
-        if index not in values:
-            inputs = tuple(position_of(values[i], builder, operator) for i in op.inputs)
-            values[index] = builder.add(dataclasses.replace(op, inputs=inputs))
-    return jax.tree.map(lambda i: values[i], program.result_tree)
+    builder = current_builder("a call of a function")
+    t = cast(FunctionType, function.type_signature)
+    what = f"a call of a function of type {t}"
+    values = tuple(arg if isinstance(arg, Value) else zip_values(arg, what) for arg in args)
+    expected = parameters_of(t, len(values))
+    if len(expected) != len(values):
+        raise FederatedTypeError(f"{what}: expected {len(expected)} arguments, got {len(values)}.")
+    is_mapped = not t.contains(FederatedType) and any(is_placed(value) for value in values)
+    for position, (wanted, value) in enumerate(zip(expected, values, strict=True)):
+        given = value.type_signature
+        given = member_of(given) if is_mapped else given
+        wanted.check_assignable_from(given, f"argument {position} of {what}")
+    result = t.result
+    if is_mapped:
+        result = FederatedType(t.result, common_placement(values, what))
+    inputs = tuple(position_of(value, builder, what) for value in (function, *values))
+    return builder.add(Apply(type=result, inputs=inputs, location=location()))
 
 
-def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) -> Program:
-    """Traces `function` for arguments of the given types.
+def parameters_of(t: FunctionType, num_args: int) -> tuple[Type, ...]:
+    """The types of a function's arguments if it is called with `num_args` of them."""
+    if t.parameter is None:
+        return ()
+    if isinstance(t.parameter, StructType) and num_args == len(t.parameter.elements) != 1:
+        return tuple(t.parameter.children())
+    return (t.parameter,)
 
-    Args:
-      function: called once, with a `Value` (or a pytree of them) for each parameter; returns a
-        pytree of `Value`s.
-      parameters: federated types, or structs of them.
+
+def is_placed(value: Value) -> bool:
+    """Whether the value lives at the clients or at the server."""
+    return isinstance(value.type_signature, FederatedType)
+
+
+def common_placement(values: tuple[Value, ...], what: str) -> Placement:
+    """The placement that all `values` share.
 
     Raises:
-      FederatedTypeError: if the function returns something else.
+      PlacementError: if they have more than one, or one of them has none.
     """
-    name = name_of(function)
-    with _building() as builder:
-        arguments = tuple(_declare(builder, t) for t in parameters)
-        with _outside_of_jax_traces():
-            result = function(*arguments)
-        _check_result(result, name)
-        is_value = lambda x: isinstance(x, Value)  # noqa: E731
-        position = lambda value: position_of(value, builder, name)  # noqa: E731
-        return Program(
-            name=name,
-            ops=tuple(builder.ops),
-            parameter_tree=jax.tree.map(position, arguments, is_leaf=is_value),
-            result_tree=jax.tree.map(position, result, is_leaf=is_value),
-            type_signature=FunctionType(
-                pack_parameters(function, parameters), _result_type(result)
-            ),
+    found = {
+        value.type_signature.placement if isinstance(value.type_signature, FederatedType) else None
+        for value in values
+    }
+    if len(found) > 1 or None in found:
+        raise PlacementError(
+            f"{what}: expected all arguments at one placement, got "
+            f"{[str(value.type_signature) for value in values]}; broadcast the server's first, and "
+            "place unplaced ones with federated_value."
         )
-
-
-def _outside_of_jax_traces() -> contextlib.AbstractContextManager[None]:
-    """Keeps tracers out of a program, which outlives the JAX transformation it may be traced in.
-
-    Only where there is one: evaluating everything at once makes tracing several times slower.
-    """
-    is_tracing = isinstance(jnp.zeros(()), Tracer)
-    return jax.ensure_compile_time_eval() if is_tracing else contextlib.nullcontext()
-
-
-def _declare(builder: Builder, t: Type) -> Any:
-    if isinstance(t, FederatedType):
-        return builder.add(Parameter(type=t))
-    if isinstance(t, StructType):
-        return jax.tree.unflatten(t.container, [_declare(builder, child) for child in t.children()])
-    raise FederatedTypeError(
-        "Expected a federated type, or a struct of them, for a parameter of a federated "
-        f"computation, got {t}; say where it lives, as in FederatedType({t}, SERVER)."
-    )
-
-
-def _check_result(result: Any, name: str) -> None:
-    leaves = jax.tree.leaves(result, is_leaf=lambda x: isinstance(x, Value))
-    if result is None or not leaves:
-        raise FederatedTypeError(
-            f"`{name}` returned {result!r}: expected a placed value, or a struct of them; add a "
-            "return."
-        )
-    for leaf in leaves:
-        if not isinstance(leaf, Value):
-            raise FederatedTypeError(
-                f"`{name}` returned {leaf!r}, which is not placed; use federated_value to place a "
-                "constant."
-            )
-
-
-def _result_type(result: Any) -> Type:
-    if isinstance(result, Value):
-        return result.type_signature
-    fields, container = types.one_level(result)
-    return StructType([(name, _result_type(child)) for name, child in fields], container)
+    return cast(Placement, found.pop())

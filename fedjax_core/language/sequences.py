@@ -1,0 +1,449 @@
+"""Sequences: a client's examples, and what local functions do with them.
+
+take, positions   rows by position, and which positions hold examples
+map               a function of each example: a sequence again
+reduce            a fold in order; runs as many steps as there are examples
+scan              a fold in order that can be differentiated, and keeps an output of each step
+sum               the examples added up
+batch             groups of examples, the last one masked
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.language import types
+from fedjax_core.language.types import StructType, TensorType, Type
+
+
+class Batch(NamedTuple):
+    """An element of what `Sequence.batch` makes.
+
+    Attributes:
+      examples: pytree of ``[size, ...]``; zeros where there is no example.
+      mask: bool ``[size]``, True for examples.
+    """
+
+    examples: Any
+    mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """A client's examples: rows ``start .. start + length`` of arrays that may hold more.
+
+    Two layouts share this class. *Padded*: `elements` belongs to this sequence alone, `start` is 0
+    and rows past `length` are padding. *Packed*: `elements` is a pool shared by all clients, in
+    which this sequence is the slice that begins at `start`; nothing is copied or padded per client.
+
+    The methods work on both, in local functions and under all JAX transforms; indexing `elements`
+    does not, for a packed sequence begins at `start`. What stands in the padding reaches neither a
+    result nor, except in `reduce`, which has none, a gradient: it may be NaN.
+
+    Attributes:
+      elements: pytree of arrays, each ``[rows, ...]`` with one common number of rows.
+      start: int32 scalar, the first row of this sequence.
+      length: int32 scalar, how many rows it has.
+      capacity: static upper bound of `length`; shapes inside a traced function depend on it alone.
+      packed: static, whether `elements` is a pool without a clients axis.
+
+    Stacked over clients, `start` and `length` are ``[clients]``, and so is the leading axis of
+    `elements` unless `packed`.
+
+    Examples:
+      >>> rows = Sequence.from_elements(jnp.array([1.0, 2.0, 4.0]))
+      >>> float(rows.map(jnp.square).sum())
+      21.0
+    """
+
+    elements: Any
+    start: jax.Array
+    length: jax.Array
+    capacity: int = dataclasses.field(metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def from_elements(cls, elements: Any, length: Any = None) -> "Sequence":
+        """A sequence of the rows of arrays, in the padded layout.
+
+        Args:
+          elements: an array or a pytree of arrays, each ``[rows, ...]``.
+          length: how many of the rows are examples, the others being padding; all if not given.
+
+        Raises:
+          FederatedTypeError: for what is no array, or has no or another number of rows.
+          ArgumentError: for a length that is negative or larger than the number of rows.
+
+        Examples:
+          >>> import numpy as np
+          >>> rows = Sequence.from_elements({"x": np.zeros((3, 2), np.float32), "y": np.arange(3)})
+          >>> rows.capacity, int(rows.length)
+          (3, 3)
+        """
+        capacity = _num_rows(elements)
+        length = capacity if length is None else length
+        if isinstance(length, int) and not 0 <= length <= capacity:
+            raise ArgumentError(f"Expected a length from 0 to {capacity}, the rows; got {length}.")
+        return cls(elements, jnp.int32(0), jnp.asarray(length, jnp.int32), capacity)
+
+    @property
+    def element_spec(self) -> Any:
+        """One element as a pytree of `jax.ShapeDtypeStruct`, without the axis of rows."""
+        axes = 1 if self.packed else 1 + jnp.ndim(self.length)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), self.elements)
+
+    @property
+    def element_type(self) -> Type:
+        """The type of one element: `T` of the type `T*`.
+
+        Examples:
+          >>> import numpy as np
+          >>> str(Sequence.from_elements({"x": np.zeros((3, 2), np.float32)}).element_type)
+          '<x=float32[2]>'
+        """
+        return _type_of(self.element_spec)
+
+    def take(self, positions: jax.Array) -> Any:
+        """Rows at `positions` (int32 ``[n]``, each below `length`) as a pytree of ``[n, ...]``."""
+        self._check_single()
+        rows = self.start + positions
+
+        def leaf(x: Any) -> jax.Array:
+            if x.shape[0] == 0:  # jnp.take refuses an empty axis; no position is below `length`
+                return jnp.zeros((*rows.shape, *x.shape[1:]), x.dtype)
+            return jnp.take(x, rows, axis=0, mode="clip")
+
+        return jax.tree.map(leaf, self.elements)
+
+    def positions(self) -> tuple[jax.Array, jax.Array]:
+        """``(arange(capacity), mask)``: every position, and whether it holds an example."""
+        self._check_single()
+        index = jnp.arange(self.capacity, dtype=jnp.int32)
+        return index, index < self.length
+
+    def map(self, function: Callable[[Any], Any]) -> "Sequence":
+        """Applies a function to every example.
+
+        Args:
+          function: `(element) -> result`, of one example without a rows axis; returns any pytree.
+
+        Returns:
+          The results, padded, of the same length and capacity; zeros past the length.
+
+        Raises:
+          FederatedTypeError: if `function` returns None.
+
+        Examples:
+          >>> rows = Sequence.from_elements(jnp.array([1.0, 2.0]))
+          >>> rows.map(lambda x: {"half": x / 2}).elements["half"].tolist()
+          [0.5, 1.0]
+        """
+        _, mask = self.positions()
+        converted, captured = jax.closure_convert(function, self.element_spec)
+        has_rows = jnp.asarray(self.length) > 0
+        captured = [_block_gradient(has_rows, x) for x in captured]
+        rows = _block_gradient(has_rows, self._filled())
+        results = jax.vmap(lambda row: converted(row, *captured))(rows)
+        if results is None:
+            raise FederatedTypeError(
+                "Sequence.map: expected a function that returns a pytree of arrays, got None; add "
+                "a return."
+            )
+        return self._padded(_mask_rows(mask, results))
+
+    def reduce(self, zero: Any, operator: Callable[[Any, Any], Any]) -> Any:
+        """Folds the examples in order: ``operator(...operator(zero, first)..., last)``.
+
+        Takes one step for each example, however large the capacity. JAX cannot differentiate such
+        a loop in reverse mode; where a gradient is needed, use `scan` (or `map` and `sum`).
+
+        Args:
+          zero: pytree of scalars or arrays; the result for an empty sequence.
+          operator: `(accumulator, element) -> accumulator`, of one example without a rows axis.
+
+        Returns:
+          The accumulator, of the structure and dtypes of `zero`: floats are rounded to its
+          precision at every step.
+
+        Raises:
+          FederatedTypeError: if `operator` returns another structure or shape than that of `zero`,
+            or a dtype that it does not hold.
+
+        Examples:
+          >>> rows = Sequence(jnp.array([1.0, 2.0, 4.0]), jnp.int32(0), jnp.int32(2), capacity=3)
+          >>> float(rows.reduce(0.0, lambda total, x: total + x))
+          3.0
+        """
+
+        def step(position: jax.Array, accumulator: Any) -> Any:
+            element = jax.tree.map(lambda x: x[0], self.take(position[None]))
+            folded = operator(accumulator, element)
+            return _like(accumulator, folded, "Sequence.reduce: the accumulator")
+
+        return lax.fori_loop(0, jnp.asarray(self.length, jnp.int32), step, _arrays(zero))
+
+    def scan(
+        self, init: Any, function: Callable[[Any, Any], tuple[Any, Any]]
+    ) -> tuple[Any, "Sequence"]:
+        """A fold in order that keeps an output of each step and can be differentiated.
+
+        Takes `capacity` steps. Those past the length are computed on a copy of the last example
+        and then dropped: they leave the carry bit for bit as it is, and pass no gradient, to the
+        carry, the elements, or anything that `function` captures, even where it is not finite.
+
+        Args:
+          init: pytree of scalars or arrays.
+          function: `(carry, element) -> (carry, output)`, as that of `jax.lax.scan`.
+
+        Returns:
+          `(carry, outputs)`: the carry after the last example, of the structure and dtypes of
+          `init`, and the outputs, padded, with zeros past the length.
+
+        Raises:
+          FederatedTypeError: if `function` does not return a pair, or a carry of another structure
+            or shape than that of `init`, or of a dtype that it does not hold.
+
+        Examples:
+          >>> rows = Sequence.from_elements(jnp.array([1.0, 2.0, 4.0]))
+          >>> total, sums = rows.scan(0.0, lambda total, x: (total + x, total + x))
+          >>> float(total), sums.elements.tolist()
+          (7.0, [1.0, 3.0, 7.0])
+        """
+        init = _arrays(init)
+        converted, captured = jax.closure_convert(function, init, self.element_spec)
+
+        def step(carry: Any, x: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+            row, is_example = x
+            args = _block_gradient(is_example, (carry, row, *captured))
+            new, output = _as_pair(converted(*args))
+            new = _like(carry, new, "Sequence.scan: the carry")
+            kept = jax.tree.map(lambda a, b: jnp.where(is_example, a, b), new, carry)
+            return kept, jax.tree.map(lambda y: _or_zeros(is_example, y), output)
+
+        carry, outputs = lax.scan(step, init, (self._filled(), self.positions()[1]))
+        return carry, self._padded(outputs)
+
+    def sum(self) -> Any:
+        """The sum of the examples, a pytree of the shapes and dtypes of an element.
+
+        Dtypes of less than 32 bits are summed in 32. A sum that a small integer dtype does not
+        hold becomes its smallest or largest number; 32 bits and more wrap around, as in JAX.
+
+        Raises:
+          FederatedTypeError: for elements that are no numbers.
+
+        Examples:
+          >>> Sequence.from_elements(jnp.array([100, 100], jnp.int8)).sum().tolist()
+          127
+        """
+        _check_numbers(self.element_spec)
+        mask = self.positions()[1]
+        return jax.tree.map(_sum_rows, _mask_rows(mask, self._filled()))
+
+    def batch(self, size: int, drop_remainder: bool = False) -> "Sequence":
+        """Groups of `size` examples in order, as a sequence of `Batch`.
+
+        Args:
+          size: static number of examples in a batch.
+          drop_remainder: whether to leave out a last batch that is not full.
+
+        Returns:
+          Batches with examples ``[size, ...]`` and a mask; in the last one examples that do not
+          exist are zeros, and False in the mask.
+
+        Raises:
+          ArgumentError: for a size that is no positive int.
+
+        Examples:
+          >>> batches = Sequence.from_elements(jnp.array([1, 2, 3])).batch(2)
+          >>> batches.elements.examples.tolist(), batches.elements.mask.tolist()
+          ([[1, 2], [3, 0]], [[True, True], [True, False]])
+        """
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ArgumentError(f"Expected a batch size of at least 1, got {size=}.")
+        extra = 0 if drop_remainder else size - 1
+        num_batches = (self.length + extra) // size
+        capacity = (self.capacity + extra) // size
+        index = jnp.arange(capacity * size, dtype=jnp.int32)
+        mask = index < jnp.minimum(self.length, num_batches * size)
+        rows = _mask_rows(mask, self.take(index))
+        fold = lambda x: x.reshape(capacity, size, *x.shape[1:])  # noqa: E731
+        batches = jax.tree.map(fold, Batch(rows, mask))
+        return Sequence(batches, jnp.int32(0), jnp.asarray(num_batches, jnp.int32), capacity)
+
+    def _check_single(self) -> None:
+        if jnp.ndim(self.length):
+            raise FederatedTypeError(
+                f"Expected one client's sequence, got those of {len(self.length)} clients; apply "
+                "the function to each with federated_map, or jax.vmap."
+            )
+
+    def _filled(self) -> Any:
+        """The rows as ``[capacity, ...]``, those past the length copies of the last example."""
+        index, _ = self.positions()
+        return self.take(jnp.clip(index, 0, jnp.maximum(self.length - 1, 0)))
+
+    def _padded(self, elements: Any) -> "Sequence":
+        """Rows of the length of this sequence that begin at 0."""
+        length = jnp.asarray(self.length, jnp.int32)
+        return Sequence(elements, jnp.int32(0), length, self.capacity)
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise FederatedTypeError(
+            f"A sequence {self.element_type}* has no Python length, items or truth value, for its "
+            "length is an array: use its map, reduce, scan, sum or batch, or `length` itself."
+        )
+
+    __len__ = __iter__ = __getitem__ = __contains__ = __bool__ = _refuse
+
+
+def _num_rows(elements: Any) -> int:
+    """The one number of rows of all arrays."""
+    rows: dict[str, int] = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(elements):
+        where = jax.tree_util.keystr(path) or "the root"
+        if not hasattr(x, "dtype") or not getattr(x, "shape", ()):
+            raise FederatedTypeError(
+                f"Sequence: expected arrays with a leading axis of rows, got {x!r} at {where}; "
+                "stack the examples."
+            )
+        rows[where] = x.shape[0]
+    if len(set(rows.values())) != 1:
+        raise FederatedTypeError(
+            f"Sequence: expected arrays with one common number of rows, got {rows}; stack the "
+            "examples, each leaf along a new first axis."
+        )
+    return next(iter(rows.values()))
+
+
+def _type_of(spec: Any) -> Type:
+    if isinstance(spec, jax.ShapeDtypeStruct):
+        return TensorType(spec.dtype, spec.shape)
+    fields, container = types.one_level(spec)
+    return StructType([(name, _type_of(child)) for name, child in fields], container)
+
+
+@jax.custom_jvp
+def _identity(keep: jax.Array, x: jax.Array) -> jax.Array:
+    del keep
+    return x
+
+
+@_identity.defjvp
+def _identity_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    keep, x = primals
+    return x, _or_zeros(keep, tangents[1])
+
+
+def _block_gradient(keep: jax.Array, tree: Any) -> Any:
+    """`tree`, through which derivatives pass only where `keep`.
+
+    They are replaced, not multiplied, by zeros: what is not finite does not pass. Other than
+    `where` on the values this keeps shared ones unbatched where `keep` differs among lanes.
+    """
+    return jax.tree.map(
+        lambda x: _identity(keep, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
+    )
+
+
+def _or_zeros(keep: jax.Array, x: Any) -> jax.Array:
+    return jnp.where(keep, x, jnp.zeros_like(x))
+
+
+def _mask_rows(mask: jax.Array, rows: Any) -> Any:
+    """``[n, ...]`` with zeros where the mask ``[n]`` is False."""
+    return jax.tree.map(lambda x: _or_zeros(mask.reshape(-1, *[1] * (x.ndim - 1)), x), rows)
+
+
+def _arrays(tree: Any) -> Any:
+    """Arrays with the dtypes that the leaves have; numbers of Python no longer adapt theirs."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def _as_pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise FederatedTypeError(
+            "Sequence.scan: expected a function that returns (carry, output), got "
+            f"{jax.tree.structure(result)}; return a pair, with () for no output."
+        )
+    return result
+
+
+def _like(old: Any, new: Any, what: str) -> Any:
+    """The next accumulator in the structure and dtypes of the one before."""
+    wanted = jax.tree_util.tree_leaves_with_path(old)
+    found = dict(jax.tree_util.tree_leaves_with_path(new))
+    leaves = []
+    for path, x in wanted:
+        y = found.pop(path, None)
+        _check_leaf(x, y, f"{what} at {jax.tree_util.keystr(path) or 'the root'}")
+        leaves.append(jnp.asarray(y, x.dtype))
+    if found:
+        extra = jax.tree_util.keystr(next(iter(found)))
+        raise FederatedTypeError(
+            f"{what}: expected the structure of the initial one, {jax.tree.structure(old)}, got "
+            f"something at {extra} too; return the same structure each time."
+        )
+    return jax.tree.unflatten(jax.tree.structure(old), leaves)
+
+
+def _check_leaf(old: jax.Array, new: Any, what: str) -> None:
+    expected = f"{old.dtype}{list(old.shape)}"
+    if new is None:
+        raise FederatedTypeError(f"{what}: expected {expected}, got nothing; return it each time.")
+    if jnp.shape(new) != old.shape:
+        got = f"{jnp.result_type(new)}{list(jnp.shape(new))}"
+        raise FederatedTypeError(f"{what}: expected {expected}, got {got}; start from that shape.")
+    if not _holds(old.dtype, new):
+        raise FederatedTypeError(
+            f"{what}: expected {expected}, got {jnp.result_type(new)}; start from that dtype (0.0 "
+            "for floats), or convert it with astype."
+        )
+
+
+def _holds(dtype: Any, value: Any) -> bool:
+    """Whether `value` can be kept as `dtype`: floats are rounded, nothing else may be lost."""
+    given = jnp.result_type(value)
+    if given == dtype:
+        return True
+    if types.is_extended_dtype(given) or types.is_extended_dtype(dtype):
+        return False
+    if jnp.issubdtype(dtype, jnp.inexact):
+        is_complex = jnp.issubdtype(given, jnp.complexfloating)
+        return jnp.issubdtype(dtype, jnp.complexfloating) or not is_complex
+    is_python_int = jnp.asarray(value).weak_type and jnp.issubdtype(given, jnp.integer)
+    return (is_python_int and dtype != jnp.bool_) or jnp.promote_types(given, dtype) == dtype
+
+
+def _check_numbers(spec: Any) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(spec):
+        if types.is_extended_dtype(x.dtype) or not jnp.issubdtype(x.dtype, jnp.number):
+            where = jax.tree_util.keystr(path) or "the root"
+            raise FederatedTypeError(
+                f"Sequence.sum: expected numbers, got {x.dtype} at {where}; convert it, for "
+                "example with astype, in map."
+            )
+
+
+def _sum_rows(rows: jax.Array) -> jax.Array:
+    dtype = rows.dtype
+    total = jnp.sum(rows, axis=0, dtype=_accumulator(dtype))
+    if jnp.issubdtype(dtype, jnp.integer) and total.dtype != dtype:
+        limits = jnp.iinfo(dtype)
+        total = jnp.clip(total, limits.min, limits.max)
+    return total.astype(dtype)
+
+
+def _accumulator(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.promote_types(dtype, jnp.float32)
+    is_signed = jnp.issubdtype(dtype, jnp.signedinteger)
+    return jnp.promote_types(dtype, jnp.int32 if is_signed else jnp.uint32)
