@@ -112,9 +112,9 @@ def _check_parameter(t: Type) -> None:
 
 def _as_values(result: Any, name: str) -> Any:
     """The result of a body with its constants made values of the program."""
-    if result is None:
+    if not jax.tree.leaves(result, is_leaf=_is_value):
         raise FederatedTypeError(
-            f"`{name}` returned None: expected a value, or a struct of them; add a return."
+            f"`{name}` returned {result!r}: expected a value, or a struct of them; add a return."
         )
     return jax.tree.map(lambda leaf: _as_value(leaf, name), result, is_leaf=_is_value)
 

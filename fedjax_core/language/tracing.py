@@ -167,6 +167,7 @@ def location() -> str:
     return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_inside(filename: str) -> bool:
     return os.path.realpath(filename).startswith(_ROOTS) or filename.startswith("<frozen")
 
@@ -181,9 +182,13 @@ _ROOTS = tuple(
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the errors of an operator name the line of the user's code that called it."""
 
+    is_public = not function.__name__.startswith("_")
+
     @functools.wraps(function)
     def located(*args: Any, **kwargs: Any) -> Any:
         try:
+            if is_public:
+                current_builder(function.__name__)
             return function(*args, **kwargs)
         except Exception as error:
             _locate(error, function.__name__)
@@ -234,6 +239,8 @@ def zip_values(tree: Any, what: str) -> Value:
     if isinstance(tree, Value):
         return tree
     leaves, container = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Value))
+    if not leaves:
+        raise FederatedTypeError(f"{what}: expected at least one placed value, got {tree!r}.")
     if not any(isinstance(leaf, Value) for leaf in leaves):
         raise FederatedTypeError(
             f"{what}: expected placed values, got {tree!r}; place a constant with federated_value."

@@ -142,7 +142,10 @@ def train_locally(
 
     # A batch holds no more than there is: full batches may be asked for by any large number.
     batch_size = min(batch_size, examples.capacity)
-    differentiate = jax.grad(model.loss, argnums=1, has_aux=True)
+    # Compiled into the loop all the same; as a function of its own it is traced only once.
+    differentiate = jax.jit(
+        jax.grad(lambda *args: model.loss(*args, True), argnums=1, has_aux=True)
+    )
 
     def epoch(number: jax.Array, carry: Any) -> Any:
         epoch_key = jax.random.fold_in(key, number)
@@ -153,26 +156,21 @@ def train_locally(
             variables, state, stats = carry
             batch, mask = take_batch(examples, order, index, batch_size)
             step_key = jax.random.fold_in(dropout_key, index)
-            gradients, (batch_stats, after) = differentiate(step_key, variables, batch, mask, True)
+            gradients, (batch_stats, after) = differentiate(step_key, variables, batch, mask)
             updates, state = optimizer.update(gradients, state, variables)
             variables = optax.apply_updates(after, updates)
             return variables, state, jax.tree.map(jnp.add, stats, batch_stats)
 
         return lax.fori_loop(0, num_batches(examples, batch_size), step, carry)
 
-    start = (variables, state, _zero_stats(model, key, variables, examples, batch_size))
+    def first_step() -> Any:
+        order = jnp.arange(examples.capacity)
+        return differentiate(key, variables, *take_batch(examples, order, jnp.int32(0), batch_size))
+
+    shapes = jax.eval_shape(first_step)[1][0]
+    start = (variables, state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
     variables, _, stats = lax.fori_loop(0, num_epochs, epoch, start)
     return variables, stats
-
-
-def _zero_stats(
-    model: Model, key: jax.Array, variables: Any, examples: Sequence, batch_size: int
-) -> Stats:
-    def measure() -> Any:
-        batch, mask = take_batch(examples, jnp.arange(examples.capacity), jnp.int32(0), batch_size)
-        return model.loss(key, variables, batch, mask, True)[1][0]
-
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(measure))
 
 
 def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:

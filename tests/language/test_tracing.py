@@ -135,19 +135,29 @@ def test_computations_may_be_defined_inside_a_body():
     ("body", "message"),
     [
         (lambda x: None, "add a return"),
-        (lambda x: 3, "federated_value"),
-        (lambda x: (x, 3), "federated_value"),
         (lambda x: (), "add a return"),
+        (lambda x: object(), "neither a value"),
+        (lambda x: (x, fc.SERVER), "neither a value"),
     ],
 )
-def test_results_are_placed(body, message):
+def test_results_are_values(body, message):
     with pytest.raises(FederatedTypeError, match=message):
         trace(body, INT)
 
 
-def test_parameters_are_placed():
-    with pytest.raises(FederatedTypeError, match="SERVER"):
-        trace(lambda x: x, np.float32)
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        (np.str_, "str"),
+        ((np.float32, [None]), "every dimension"),
+        (fc.AbstractType("T"), "polymorphic"),
+        (fc.PlacementType(), "polymorphic"),
+        ([("f", fc.FunctionType(np.int32, np.int32)), ("x", np.int32)], "parameter of its own"),
+    ],
+)
+def test_parameters_have_values(t, message):
+    with pytest.raises(FederatedTypeError, match=message):
+        trace(lambda x: x, t)
 
 
 @pytest.mark.parametrize("function", [lambda *xs: 1, lambda **xs: 1])
@@ -263,7 +273,7 @@ def test_communication_reports_every_edge():
     assert str(report[0].type) == "int32[10]@SERVER"
     assert "test_tracing.py:" in report[0].location
     table = str(report).splitlines()
-    assert len(table) == 5
+    assert len(table) == 6  # the header, four edges, and the round trips
     assert table[1].split()[:4] == ["down", "broadcast", "params", "-"]
 
 
