@@ -37,6 +37,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/federated_core.py
 	$(BIN)/python benchmarks/mnist_fedavg.py $(BENCH)
 
 install: $(STAMP)

@@ -14,9 +14,7 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from machine import describe_machine
 
 import fedjax_core as fc
 from fedjax_core.datasets.idx import read_idx
@@ -78,23 +77,6 @@ def run(
         "downlink_bits": history[-1].broadcasted_bits,
         "seconds": seconds,
         "seconds_per_round": statistics.median(record.seconds for record in history),
-    }
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "fedjax_core": fc.__version__,
-        "backend": jax.default_backend(),
-        "commit": commit.stdout.strip(),
     }
 
 

@@ -176,7 +176,7 @@ def pack_types(names: tuple[str, ...], parameters: tuple[Type, ...]) -> Type | N
 
 
 def positional_names(function: Callable[..., Any]) -> list[str]:
-    """The names of the parameters that can be given by position; empty where it has no signature."""
+    """The names of the parameters that can be given by position; none without a signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -124,7 +124,7 @@ def federated_map(function: Any, arg: Any, *more: Any) -> Value:
 
 @operator
 def federated_eval(function: Any, placement: Placement) -> Value:
-    """Evaluates a function without arguments at a placement: `<( -> T)> -> {T}@CLIENTS`, `T@SERVER`.
+    """Evaluates a function without arguments: `<( -> T)> -> {T}@CLIENTS` or `T@SERVER`.
 
     Args:
       function: a `jax_computation` without parameters, or any JAX function without arguments. It is

@@ -17,7 +17,7 @@ They are used in the body of a federated computation and append one or a few ope
 program.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -288,7 +288,8 @@ def _check_zero(state: Type, accumulate: Any) -> None:
 def federated_min(value: Any, *, present: Value | None = None, name: str = "value") -> Value:
     """The smallest of the clients' values, element by element: `{T}@CLIENTS -> T@SERVER`.
 
-    Over no clients it is the largest value of the dtype, infinity for floats. NaN wins over numbers.
+    Over no clients it is the largest value of the dtype, infinity for floats. NaN wins over
+    numbers.
 
     Args:
       value: real numbers or structs of them, at the clients.
@@ -371,8 +372,8 @@ def federated_select(
 ) -> Value:
     """Gives each client the parts of the server's value that it asks for.
 
-    `<{int32[n]}@CLIENTS,int32@SERVER,T@SERVER,(<T,int32> -> U)> -> {U*}@CLIENTS`. The keys go to the
-    server in clear; what it selects comes back, and nothing else of its value.
+    `<{int32[n]}@CLIENTS,int32@SERVER,T@SERVER,(<T,int32> -> U)> -> {U*}@CLIENTS`. The keys go to
+    the server in clear; what it selects comes back, and nothing else of its value.
 
     Args:
       client_keys: `int32[n]` at the clients; a key outside of `0 .. max_key - 1` is taken for the
@@ -392,8 +393,8 @@ def federated_select(
     builder = current_builder(what)
     keys = placed(client_keys, CLIENTS, what)
     key_type = federated_type_of(keys, what).member
-    is_vector = isinstance(key_type, TensorType) and key_type.shape and len(key_type.shape) == 1
-    if not is_vector or key_type.dtype != np.int32:
+    is_vector = isinstance(key_type, TensorType) and len(key_type.shape or ()) == 1
+    if not is_vector or cast(TensorType, key_type).dtype != np.int32:
         raise FederatedTypeError(
             f"{what}: expected client_keys of type {{int32[n]}}@CLIENTS, got {keys.type_signature}."
         )

@@ -126,6 +126,7 @@ def _identity(op: Op) -> Any:
 
 @contextlib.contextmanager
 def building() -> Iterator[Builder]:
+    """A program that this thread traces until the context ends."""
     stack = _THREAD.__dict__.setdefault("stack", [])
     stack.append(Builder())
     try:
@@ -181,7 +182,6 @@ _ROOTS = tuple(
 
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the errors of an operator name the line of the user's code that called it."""
-
     is_public = not function.__name__.startswith("_")
 
     @functools.wraps(function)
@@ -216,7 +216,9 @@ def member_of(t: Type) -> Type:
 
 def like(t: Type, member: Type) -> Type:
     """The type `member`, placed as `t` is."""
-    return FederatedType(member, t.placement, t.all_equal) if isinstance(t, FederatedType) else member
+    return (
+        FederatedType(member, t.placement, t.all_equal) if isinstance(t, FederatedType) else member
+    )
 
 
 def get(value: Value, position: int) -> Value:

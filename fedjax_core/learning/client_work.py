@@ -144,7 +144,11 @@ def train_locally(
     batch_size = min(batch_size, examples.capacity)
     # Compiled into the loop all the same; as a function of its own it is traced only once.
     differentiate = jax.jit(
-        jax.grad(lambda *args: model.loss(*args, True), argnums=1, has_aux=True)
+        jax.grad(
+            lambda key, variables, batch, mask: model.loss(key, variables, batch, mask, True),
+            argnums=1,
+            has_aux=True,
+        )
     )
 
     def epoch(number: jax.Array, carry: Any) -> Any:
