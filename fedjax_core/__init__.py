@@ -34,6 +34,7 @@ from fedjax_core.language.operators import federated_value as federated_value
 from fedjax_core.language.operators import federated_zip as federated_zip
 from fedjax_core.language.placements import CLIENTS as CLIENTS
 from fedjax_core.language.placements import SERVER as SERVER
+from fedjax_core.language.privacy import check_aggregated_only as check_aggregated_only
 from fedjax_core.language.secure import SecureTotal as SecureTotal
 from fedjax_core.language.secure import (
     federated_secure_modular_sum as federated_secure_modular_sum,
@@ -42,6 +43,9 @@ from fedjax_core.language.secure import federated_secure_sum as federated_secure
 from fedjax_core.language.secure import (
     federated_secure_sum_bitwidth as federated_secure_sum_bitwidth,
 )
+from fedjax_core.language.sequence_operators import sequence_map as sequence_map
+from fedjax_core.language.sequence_operators import sequence_reduce as sequence_reduce
+from fedjax_core.language.sequence_operators import sequence_sum as sequence_sum
 from fedjax_core.language.types import AbstractType as AbstractType
 from fedjax_core.language.types import FederatedType as FederatedType
 from fedjax_core.language.types import FunctionType as FunctionType

@@ -1,10 +1,6 @@
-"""What a program sends: every edge with its direction, its type, its codec and its bits.
+"""What a program sends: every edge with its direction, its type, its codec and its bits."""
 
-Besides the report there are the checks of how aggregations and broadcasts depend on each other.
-"""
-
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,24 +9,26 @@ from jax.extend import core as jex_core
 
 from fedjax_core.bits import format_bits
 from fedjax_core.errors import ArgumentError
-from fedjax_core.language import inference, types
+from fedjax_core.language import types
 from fedjax_core.language.feeding import type_of_federated
 from fedjax_core.language.local import Local
 from fedjax_core.language.program import (
-    Apply,
     Broadcast,
     Constant,
     Edge,
     Extreme,
+    Get,
     Op,
     Program,
     Request,
     SecureSum,
     Select,
+    Zip,
     goes_up,
     secure_sum_bits,
     type_bits,
 )
+from fedjax_core.language.tracing import member_of
 from fedjax_core.language.types import StructType, Type
 from fedjax_core.language.values import Federated
 
@@ -67,22 +65,18 @@ class EdgeReport(NamedTuple):
 
 
 class CommunicationReport(tuple[EdgeReport, ...]):
-    """The edges of a computation; `str` makes a table of them.
+    """The edges of a computation; `str` makes a table of them."""
 
-    Attributes:
-      num_round_trips: how often, at most, a result had to go from the clients to the server: the
-        largest number of aggregations on a path, a selection's request counting as one.
-    """
+    __slots__ = ()
 
-    num_round_trips: int
+    @property
+    def num_round_trips(self) -> int:
+        """How many messages, at most, have to reach the server one after the other.
 
-    def __new__(cls, edges: Iterator[EdgeReport], num_round_trips: int) -> "CommunicationReport":
-        report = super().__new__(cls, edges)
-        report.num_round_trips = num_round_trips
-        return report
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self), self.num_round_trips
+        It is the largest number of aggregations on a path; what clients ask a selection for counts
+        as one too.
+        """
+        return max((edge.round_trip for edge in self if edge.direction == "up"), default=0)
 
     @property
     def broadcast_bits(self) -> int | None:
@@ -139,9 +133,7 @@ def shorten(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def communication(
-    computation: Any, *args_or_types: Any, num_clients: int
-) -> CommunicationReport:
+def communication(computation: Any, *args_or_types: Any, num_clients: int) -> CommunicationReport:
     """Every edge of a computation, read from its program.
 
     Args:
@@ -169,9 +161,10 @@ def communication(
     program = program_of(computation, *args_or_types)
     if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 0:
         raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
-    levels = _levels(program)
-    edges = (_report(program, op, levels[i], num_clients) for i, op in program.edges)
-    return CommunicationReport(edges, max(levels, default=0))
+    levels = trips(program)
+    return CommunicationReport(
+        _report(program, op, levels[i], num_clients) for i, op in program.edges
+    )
 
 
 def program_of(computation: Any, *args_or_types: Any) -> Program:
@@ -235,6 +228,37 @@ def _report(program: Program, op: Edge, level: int, num_clients: int) -> EdgeRep
     )
 
 
+def trips(program: Program) -> tuple[int, ...]:
+    """For each operation, how many results had to reach the server before it can be computed.
+
+    Unlike `round_trips`, which counts the passes over the clients that a run makes, it counts what
+    a client asks the server for as well, and tells the fields of a struct apart.
+    """
+    levels: list[int] = []
+    for i, op in enumerate(program.ops):
+        level = max((levels[j] for j in sources(program, i)), default=0)
+        levels.append(level + 1 if goes_up(op) or isinstance(op, Request) else level)
+    return tuple(levels)
+
+
+def sources(program: Program, position: int) -> tuple[int, ...]:
+    """The operations that one is computed from: its inputs, of a struct just built the field's."""
+    field = _structure(program, position) if isinstance(program.ops[position], Get) else position
+    return program.ops[position].inputs if field == position else tuple(jax.tree.leaves(field))
+
+
+def _structure(program: Program, position: int) -> Any:
+    """A value as a structure of the operations that are known to be its parts."""
+    op = program.ops[position]
+    if isinstance(op, Zip):
+        return jax.tree.unflatten(op.tree, op.inputs)
+    if isinstance(op, Get):
+        struct = _structure(program, op.inputs[0])
+        is_known = not isinstance(struct, int)
+        return types.one_level(struct)[0][op.position][1] if is_known else position
+    return position
+
+
 def _goes_down(op: Op) -> bool:
     return isinstance(op, Broadcast | Select)
 
@@ -264,11 +288,6 @@ def bits_per_client(program: Program, op: Edge, num_clients: int) -> int | None:
     if isinstance(op, SecureSum):
         return secure_sum_bits(op, member_of(message), num_clients)
     return type_bits(message) if op.codec is None else _fixed_bits(op.codec.bits)
-
-
-def member_of(t: Type) -> Type:
-    """The type of one member's value; `t` itself where it is not placed."""
-    return t.member if isinstance(t, types.FederatedType) else t
 
 
 def _fixed_bits(bits: Local) -> int | None:

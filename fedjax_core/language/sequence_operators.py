@@ -25,7 +25,6 @@ from fedjax_core.language.tracing import Value, member_of, operator, zip_values
 from fedjax_core.language.types import SequenceType, StructType, Type
 
 
-@operator
 def sequence_map(function: Any, sequence: Any) -> Any:
     """Applies a function to each element of a sequence: `<(T -> U),T*> -> U*`.
 
@@ -44,6 +43,11 @@ def sequence_map(function: Any, sequence: Any) -> Any:
       >>> [int(x) for x in sequence_map(lambda x: x + 1, [1, 2, 3])]
       [2, 3, 4]
     """
+    return _sequence_map(function, sequence)
+
+
+@operator
+def _sequence_map(function: Any, sequence: Any) -> Any:
     what = f"sequence_map of `{_name(function)}`"
     given = _as_sequence(sequence, what)
     apply = _function_of(function, (_element_type(given, what),), what)
@@ -51,12 +55,14 @@ def sequence_map(function: Any, sequence: Any) -> Any:
         local = _named(lambda rows: rows.map(apply), f"sequence_map_{_name(function)}")
         return apply_local(local, (given,), what)
     result = given.map(apply)
-    if not isinstance(sequence, list | tuple):
-        return result
-    return [jax.tree.map(lambda x: x[i], result.elements) for i in range(len(sequence))]  # noqa: B023 - used at once
+    is_list = isinstance(sequence, list | tuple)
+    return [_row(result.elements, i) for i in range(len(sequence))] if is_list else result
 
 
-@operator
+def _row(elements: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], elements)
+
+
 def sequence_reduce(sequence: Any, zero: Any, op: Any) -> Any:
     """Folds a sequence in order: `<T*,U,(<U,T> -> U)> -> U`.
 
@@ -78,22 +84,25 @@ def sequence_reduce(sequence: Any, zero: Any, op: Any) -> Any:
       >>> float(sequence_reduce([1.0, 2.0, 4.0], 0.0, lambda total, x: total + x))
       7.0
     """
+    return _sequence_reduce(sequence, zero, op)
+
+
+@operator
+def _sequence_reduce(sequence: Any, zero: Any, op: Any) -> Any:
     what = f"sequence_reduce with `{_name(op)}`"
     given = _as_sequence(sequence, what)
     zero = _as_zero(zero, given, what)
-    is_constant = not isinstance(zero, Value)
-    state = inference.infer_type(zero) if is_constant else member_of(zero.type_signature)
+    state = _type_of_zero(zero, given)
     fold = _function_of(op, (state, _element_type(given, what)), what, result=state)
     if not isinstance(given, Value):
         return given.reduce(zero, fold)
     name = f"sequence_reduce_{_name(op)}"
-    if is_constant:
+    if not isinstance(zero, Value):
         return apply_local(_named(lambda rows: rows.reduce(zero, fold), name), (given,), what)
     local = _named(lambda rows, start: rows.reduce(start, fold), name)
     return apply_local(local, (given, zero), what)
 
 
-@operator
 def sequence_sum(sequence: Any) -> Any:
     """Adds up the elements of a sequence: `T* -> T`; zeros for no elements.
 
@@ -110,6 +119,11 @@ def sequence_sum(sequence: Any) -> Any:
       >>> int(sequence_sum([1, 2, 3]))
       6
     """
+    return _sequence_sum(sequence)
+
+
+@operator
+def _sequence_sum(sequence: Any) -> Any:
     what = "sequence_sum"
     given = _as_sequence(sequence, what)
     _element_type(given, what)
@@ -167,6 +181,13 @@ def _as_zero(zero: Any, given: Any, what: str) -> Any:
             f"{zero!r}; make the sequence an argument, or reduce in federated_map."
         )
     return zip_values(zero, what)
+
+
+def _type_of_zero(zero: Any, given: Any) -> Type:
+    if isinstance(zero, Value):
+        return member_of(zero.type_signature)
+    t = inference.infer_type(zero)
+    return t if isinstance(given, Value) else inference.runtime_type(t)
 
 
 def _function_of(

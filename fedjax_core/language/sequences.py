@@ -18,6 +18,7 @@ from jax import lax
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import types
+from fedjax_core.language.folds import as_arrays, keep_type
 from fedjax_core.language.types import StructType, TensorType, Type
 
 
@@ -43,8 +44,8 @@ class Sequence:
     which this sequence is the slice that begins at `start`; nothing is copied or padded per client.
 
     The methods work on both, in local functions and under all JAX transforms; indexing `elements`
-    does not, for a packed sequence begins at `start`. What stands in the padding reaches neither a
-    result nor, except in `reduce`, which has none, a gradient: it may be NaN.
+    does not, for a packed sequence begins at `start`. What stands in the padding, NaN for example,
+    reaches neither results nor gradients.
 
     Attributes:
       elements: pytree of arrays, each ``[rows, ...]`` with one common number of rows.
@@ -130,6 +131,10 @@ class Sequence:
     def map(self, function: Callable[[Any], Any]) -> "Sequence":
         """Applies a function to every example.
 
+        All `capacity` rows go through `function` at once, padding as copies of the last example. A
+        gradient through the results is finite where that of `function` on the examples is; for a
+        sequence without examples, where it is on the number 1/2 (1 for integers).
+
         Args:
           function: `(element) -> result`, of one example without a rows axis; returns any pytree.
 
@@ -144,18 +149,13 @@ class Sequence:
           >>> rows.map(lambda x: {"half": x / 2}).elements["half"].tolist()
           [0.5, 1.0]
         """
-        _, mask = self.positions()
-        converted, captured = jax.closure_convert(function, self.element_spec)
-        has_rows = jnp.asarray(self.length) > 0
-        captured = [_block_gradient(has_rows, x) for x in captured]
-        rows = _block_gradient(has_rows, self._filled())
-        results = jax.vmap(lambda row: converted(row, *captured))(rows)
+        results = jax.vmap(function)(self._filled())
         if results is None:
             raise FederatedTypeError(
                 "Sequence.map: expected a function that returns a pytree of arrays, got None; add "
                 "a return."
             )
-        return self._padded(_mask_rows(mask, results))
+        return self._padded(_mask_rows(self.positions()[1], results))
 
     def reduce(self, zero: Any, operator: Callable[[Any, Any], Any]) -> Any:
         """Folds the examples in order: ``operator(...operator(zero, first)..., last)``.
@@ -184,9 +184,9 @@ class Sequence:
         def step(position: jax.Array, accumulator: Any) -> Any:
             element = jax.tree.map(lambda x: x[0], self.take(position[None]))
             folded = operator(accumulator, element)
-            return _like(accumulator, folded, "Sequence.reduce: the accumulator")
+            return keep_type(accumulator, folded, "Sequence.reduce: the accumulator")
 
-        return lax.fori_loop(0, jnp.asarray(self.length, jnp.int32), step, _arrays(zero))
+        return lax.fori_loop(0, jnp.asarray(self.length, jnp.int32), step, as_arrays(zero))
 
     def scan(
         self, init: Any, function: Callable[[Any, Any], tuple[Any, Any]]
@@ -196,6 +196,9 @@ class Sequence:
         Takes `capacity` steps. Those past the length are computed on a copy of the last example
         and then dropped: they leave the carry bit for bit as it is, and pass no gradient, to the
         carry, the elements, or anything that `function` captures, even where it is not finite.
+
+        Note: under `jax.vmap`, arrays that `function` captures are copied for every lane to that
+        end. What can be computed from them once belongs before the scan, or into `map`.
 
         Args:
           init: pytree of scalars or arrays.
@@ -215,14 +218,14 @@ class Sequence:
           >>> float(total), sums.elements.tolist()
           (7.0, [1.0, 3.0, 7.0])
         """
-        init = _arrays(init)
+        init = as_arrays(init)
         converted, captured = jax.closure_convert(function, init, self.element_spec)
 
         def step(carry: Any, x: tuple[Any, jax.Array]) -> tuple[Any, Any]:
             row, is_example = x
             args = _block_gradient(is_example, (carry, row, *captured))
             new, output = _as_pair(converted(*args))
-            new = _like(carry, new, "Sequence.scan: the carry")
+            new = keep_type(carry, new, "Sequence.scan: the carry")
             kept = jax.tree.map(lambda a, b: jnp.where(is_example, a, b), new, carry)
             return kept, jax.tree.map(lambda y: _or_zeros(is_example, y), output)
 
@@ -243,8 +246,8 @@ class Sequence:
           127
         """
         _check_numbers(self.element_spec)
-        mask = self.positions()[1]
-        return jax.tree.map(_sum_rows, _mask_rows(mask, self._filled()))
+        index, mask = self.positions()
+        return jax.tree.map(_sum_rows, _mask_rows(mask, self.take(index)))
 
     def batch(self, size: int, drop_remainder: bool = False) -> "Sequence":
         """Groups of `size` examples in order, as a sequence of `Batch`.
@@ -267,6 +270,7 @@ class Sequence:
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ArgumentError(f"Expected a batch size of at least 1, got {size=}.")
+        self._check_single()
         extra = 0 if drop_remainder else size - 1
         num_batches = (self.length + extra) // size
         capacity = (self.capacity + extra) // size
@@ -285,9 +289,15 @@ class Sequence:
             )
 
     def _filled(self) -> Any:
-        """The rows as ``[capacity, ...]``, those past the length copies of the last example."""
+        """The rows as ``[capacity, ...]``, those past the length copies of the last example.
+
+        What is finite on the examples is finite on all rows then. Where there is no example they
+        hold 1/2 and 1, on which most functions are finite.
+        """
         index, _ = self.positions()
-        return self.take(jnp.clip(index, 0, jnp.maximum(self.length - 1, 0)))
+        last = jnp.maximum(jnp.asarray(self.length) - 1, 0)
+        rows = self.take(jnp.minimum(index, last))
+        return jax.tree.map(lambda x: jnp.where(self.length > 0, x, _ordinary(x)), rows)
 
     def _padded(self, elements: Any) -> "Sequence":
         """Rows of the length of this sequence that begin at 0."""
@@ -329,27 +339,15 @@ def _type_of(spec: Any) -> Type:
     return StructType([(name, _type_of(child)) for name, child in fields], container)
 
 
-@jax.custom_jvp
-def _identity(keep: jax.Array, x: jax.Array) -> jax.Array:
-    del keep
-    return x
-
-
-@_identity.defjvp
-def _identity_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    keep, x = primals
-    return x, _or_zeros(keep, tangents[1])
-
-
 def _block_gradient(keep: jax.Array, tree: Any) -> Any:
-    """`tree`, through which derivatives pass only where `keep`.
+    """`tree`, through which derivatives pass only where `keep`, finite or not."""
+    return jax.tree.map(lambda x: jnp.where(keep, x, lax.stop_gradient(x)), tree)
 
-    They are replaced, not multiplied, by zeros: what is not finite does not pass. Other than
-    `where` on the values this keeps shared ones unbatched where `keep` differs among lanes.
-    """
-    return jax.tree.map(
-        lambda x: _identity(keep, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, tree
-    )
+
+def _ordinary(x: jax.Array) -> jax.Array:
+    if types.is_extended_dtype(x.dtype) or x.dtype == jnp.bool_:
+        return jnp.zeros_like(x)
+    return jnp.full_like(x, 0.5 if jnp.issubdtype(x.dtype, jnp.inexact) else 1)
 
 
 def _or_zeros(keep: jax.Array, x: Any) -> jax.Array:
@@ -361,11 +359,6 @@ def _mask_rows(mask: jax.Array, rows: Any) -> Any:
     return jax.tree.map(lambda x: _or_zeros(mask.reshape(-1, *[1] * (x.ndim - 1)), x), rows)
 
 
-def _arrays(tree: Any) -> Any:
-    """Arrays with the dtypes that the leaves have; numbers of Python no longer adapt theirs."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), tree)
-
-
 def _as_pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise FederatedTypeError(
@@ -373,52 +366,6 @@ def _as_pair(result: Any) -> tuple[Any, Any]:
             f"{jax.tree.structure(result)}; return a pair, with () for no output."
         )
     return result
-
-
-def _like(old: Any, new: Any, what: str) -> Any:
-    """The next accumulator in the structure and dtypes of the one before."""
-    wanted = jax.tree_util.tree_leaves_with_path(old)
-    found = dict(jax.tree_util.tree_leaves_with_path(new))
-    leaves = []
-    for path, x in wanted:
-        y = found.pop(path, None)
-        _check_leaf(x, y, f"{what} at {jax.tree_util.keystr(path) or 'the root'}")
-        leaves.append(jnp.asarray(y, x.dtype))
-    if found:
-        extra = jax.tree_util.keystr(next(iter(found)))
-        raise FederatedTypeError(
-            f"{what}: expected the structure of the initial one, {jax.tree.structure(old)}, got "
-            f"something at {extra} too; return the same structure each time."
-        )
-    return jax.tree.unflatten(jax.tree.structure(old), leaves)
-
-
-def _check_leaf(old: jax.Array, new: Any, what: str) -> None:
-    expected = f"{old.dtype}{list(old.shape)}"
-    if new is None:
-        raise FederatedTypeError(f"{what}: expected {expected}, got nothing; return it each time.")
-    if jnp.shape(new) != old.shape:
-        got = f"{jnp.result_type(new)}{list(jnp.shape(new))}"
-        raise FederatedTypeError(f"{what}: expected {expected}, got {got}; start from that shape.")
-    if not _holds(old.dtype, new):
-        raise FederatedTypeError(
-            f"{what}: expected {expected}, got {jnp.result_type(new)}; start from that dtype (0.0 "
-            "for floats), or convert it with astype."
-        )
-
-
-def _holds(dtype: Any, value: Any) -> bool:
-    """Whether `value` can be kept as `dtype`: floats are rounded, nothing else may be lost."""
-    given = jnp.result_type(value)
-    if given == dtype:
-        return True
-    if types.is_extended_dtype(given) or types.is_extended_dtype(dtype):
-        return False
-    if jnp.issubdtype(dtype, jnp.inexact):
-        is_complex = jnp.issubdtype(given, jnp.complexfloating)
-        return jnp.issubdtype(dtype, jnp.complexfloating) or not is_complex
-    is_python_int = jnp.asarray(value).weak_type and jnp.issubdtype(given, jnp.integer)
-    return (is_python_int and dtype != jnp.bool_) or jnp.promote_types(given, dtype) == dtype
 
 
 def _check_numbers(spec: Any) -> None:
@@ -444,6 +391,6 @@ def _accumulator(dtype: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return dtype
     if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.promote_types(dtype, jnp.float32)
+        return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
     is_signed = jnp.issubdtype(dtype, jnp.signedinteger)
-    return jnp.promote_types(dtype, jnp.int32 if is_signed else jnp.uint32)
+    return (jnp.int32 if is_signed else jnp.uint32) if jnp.iinfo(dtype).bits < 32 else dtype

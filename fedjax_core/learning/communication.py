@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from fedjax_core.bits import BitCount
-from fedjax_core.language.program import Broadcast, Program
+from fedjax_core.language.program import Broadcast, Program, Select
 
 
 class Communication(NamedTuple):
@@ -40,7 +40,7 @@ def itemise(program: Program, ledger: tuple[BitCount, ...]) -> Communication:
     """
     rows = Communication({}, {})
     for (_, edge), bits in zip(program.edges, ledger, strict=True):
-        direction = rows.broadcast if isinstance(edge, Broadcast) else rows.aggregate
+        direction = rows.broadcast if isinstance(edge, Broadcast | Select) else rows.aggregate
         direction[edge.label] = direction.get(edge.label, BitCount.zero()) + bits
     return rows
 
