@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fedjax_core.language import inference
 from fedjax_core.language.types import Type
@@ -37,7 +36,7 @@ def _half(word: jax.Array) -> int:
 
 def widen(x: jax.Array) -> WideInt:
     """`x`, any integers, as the start of a sum."""
-    wide = x.astype(jnp.promote_types(x.dtype, _word(x.dtype)))
+    wide = x if jnp.iinfo(x.dtype).bits >= 32 else x.astype(_word(x.dtype))
     half = _half(wide)
     signed = jnp.int64 if half == 32 else jnp.int32
     mask = wide.dtype.type((1 << half) - 1)
@@ -99,7 +98,7 @@ def _is_integer(dtype: Any) -> bool:
 
 def _wide_float(dtype: Any) -> Any:
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    return dtype if is_complex else jnp.promote_types(dtype, jnp.float32)
+    return dtype if is_complex or jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _is_wide(x: Any) -> bool:
@@ -143,10 +142,9 @@ def merge(a: Any, b: Any) -> Any:
     return jax.tree.map(one, a, b, is_leaf=_is_wide)
 
 
-def across(total: Any, axis: str | tuple[str, ...]) -> Any:
-    """The sum of the totals of all devices along a mesh axis."""
-    summed = lax.psum(total, axis)
-    return jax.tree.map(lambda x: carry(x) if _is_wide(x) else x, summed, is_leaf=_is_wide)
+def carried(total: Any) -> Any:
+    """A total whose words were summed each on its own, as between devices, in its usual form."""
+    return jax.tree.map(lambda x: carry(x) if _is_wide(x) else x, total, is_leaf=_is_wide)
 
 
 def narrow(total: Any, t: Type) -> Any:

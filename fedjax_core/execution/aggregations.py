@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_core.bits import BitCount
-from fedjax_core.execution import accumulators
+from fedjax_core.execution import accumulators, collectives
 from fedjax_core.execution.evaluation import call_local, mask, select
 from fedjax_core.language import inference
 from fedjax_core.language.messages import Received
@@ -60,16 +60,16 @@ class Aggregation(NamedTuple):
       contribute: `(op, inputs, is_valid) -> Partial`, of one client.
       add: `(op, total, lanes) -> Partial`, where `lanes` is stacked over the clients of a wave.
       merge: `(op, a, b) -> Partial`.
-      across: `(op, total, axis) -> Partial`, the total of all devices along mesh axes.
       result: `(op, total) -> value` at the server.
+      adds_up: whether the total of several devices is the sum of theirs, array by array.
     """
 
     zero: Callable[[Any, dict[int, Any]], Partial]
     contribute: Callable[[Any, list[Any], jax.Array], Partial]
     add: Callable[[Any, Partial, Partial], Partial]
     merge: Callable[[Any, Partial, Partial], Partial]
-    across: Callable[[Any, Partial, Axis], Partial]
     result: Callable[[Any, Partial], Any]
+    adds_up: bool = True
 
 
 def is_present(op: Op, inputs: list[Any], is_valid: jax.Array) -> jax.Array:
@@ -87,19 +87,6 @@ def _none() -> jax.Array:
 
 def _one_if(present: jax.Array) -> jax.Array:
     return jnp.asarray(present).astype(jnp.int32)
-
-
-def _merge_by(combine: Callable[[Any, Partial, Partial], Partial]) -> Callable[..., Partial]:
-    """An `across` that gathers the totals of all devices and merges them in their order."""
-
-    def across(op: Op, total: Partial, axis: Axis) -> Partial:
-        gathered = lax.all_gather(total, axis)
-        first = jax.tree.map(lambda x: x[0], gathered)
-        rest = jax.tree.map(lambda x: x[1:], gathered)
-        step = lambda state, x: (combine(op, state, x), None)  # noqa: E731
-        return lax.scan(step, first, rest)[0]
-
-    return across
 
 
 # Sums, raw or of encoded messages.
@@ -146,19 +133,6 @@ def _sum_merge(_: Op, a: Partial, b: Partial) -> Partial:
         a.count + b.count,
         a.bits + b.bits if isinstance(a.bits, BitCount) else (),
         accumulators.merge(a.stats, b.stats),
-    )
-
-
-def _sum_across(_: Op, total: Partial, axis: Axis) -> Partial:
-    assert axis is not None
-    bits = total.bits
-    if isinstance(bits, BitCount):
-        bits = lax.all_gather(bits, axis).sum(axis=0)
-    return Partial(
-        accumulators.across(total.total, axis),
-        lax.psum(total.count, axis),
-        bits,
-        accumulators.across(total.stats, axis),
     )
 
 
@@ -316,25 +290,54 @@ def _fold_result(op: Aggregate, total: Partial) -> Any:
 
 
 AGGREGATIONS: dict[type[Op], Aggregation] = {
-    Sum: Aggregation(_sum_zero, _sum_contribute, _sum_add, _sum_merge, _sum_across, _sum_result),
-    Count: Aggregation(
-        _count_zero, _count_contribute, _sum_add, _sum_merge, _sum_across, _count_result
-    ),
+    Sum: Aggregation(_sum_zero, _sum_contribute, _sum_add, _sum_merge, _sum_result),
+    Count: Aggregation(_count_zero, _count_contribute, _sum_add, _sum_merge, _count_result),
     Extreme: Aggregation(
         _extreme_zero,
         _extreme_contribute,
         _extreme_add,
         _extreme_merge,
-        _merge_by(_extreme_merge),
         _extreme_result,
+        adds_up=False,
     ),
-    SecureSum: Aggregation(
-        _secure_zero, _secure_contribute, _sum_add, _sum_merge, _sum_across, _secure_result
-    ),
+    SecureSum: Aggregation(_secure_zero, _secure_contribute, _sum_add, _sum_merge, _secure_result),
     Aggregate: Aggregation(
-        _fold_zero, _fold_contribute, _fold_add, _fold_merge, _merge_by(_fold_merge), _fold_result
+        _fold_zero, _fold_contribute, _fold_add, _fold_merge, _fold_result, adds_up=False
     ),
 }
+
+
+def across(
+    program: Program, totals: dict[int, Partial], num_clients: Any, axis: str | tuple[str, ...]
+) -> tuple[dict[int, Partial], Any]:
+    """The totals of all devices along mesh axes, for all aggregations of a pass at once.
+
+    Args:
+      program: that the aggregations belong to.
+      totals: for the position of each aggregation, the total of this device.
+      num_clients: summed along with them.
+      axis: the mesh axes.
+
+    Returns:
+      The totals and the number of clients of all devices. Sums take one all-reduce together; the
+      totals of the others are gathered, and merged in the order of the devices.
+    """
+    sums = {i: x for i, x in totals.items() if AGGREGATIONS[type(program.ops[i])].adds_up}
+    sums, num_clients = collectives.add_up((sums, num_clients), axis)
+    sums = accumulators.carried(sums)
+    rest = {i: x for i, x in totals.items() if i not in sums}
+    if not rest:
+        return sums, num_clients
+    gathered = collectives.gather(rest, axis)
+    return sums | {i: _merged(program.ops[i], x) for i, x in gathered.items()}, num_clients
+
+
+def _merged(op: Op, gathered: Partial) -> Partial:
+    """The total of many, stacked along axis 0."""
+    first = jax.tree.map(lambda x: x[0], gathered)
+    rest = jax.tree.map(lambda x: x[1:], gathered)
+    merge = AGGREGATIONS[type(op)].merge
+    return lax.scan(lambda state, x: (merge(op, state, x), None), first, rest)[0]
 
 
 def sent(program: Program, op: Edge, total: Partial) -> BitCount:

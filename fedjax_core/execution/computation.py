@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
-from fedjax_core.execution import lowering, reference
+from fedjax_core.execution import lowering, reference, sharding
 from fedjax_core.execution.config import Execution
 from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, types
@@ -22,7 +22,7 @@ from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Constant, Program, SecureSum
 from fedjax_core.language.tracing import Value
 from fedjax_core.language.types import FederatedType, FunctionType, Type
-from fedjax_core.language.values import Federated
+from fedjax_core.language.values import Federated, Sequence
 
 
 class Computation(TypedFunction):
@@ -137,6 +137,8 @@ class Computation(TypedFunction):
             keep = np.ones(clients, bool) if valid is None else np.asarray(valid, bool)
             return _run_reference(program, values, keep)
         valid = jnp.ones(clients, bool) if valid is None else jnp.asarray(valid, bool)
+        if execution.mesh is not None:
+            return sharding.run(program, values, valid, execution)
         return lowering.run(program, values, valid, execution.num_lanes(clients))
 
     def _compute(self, *args: Any, num_clients: int | None = None) -> Any:
@@ -180,7 +182,7 @@ class Computation(TypedFunction):
         result = self._finish(self._jitted(*fed, num_clients=num_clients))
         if self._is_lazy(leaves):
             return result
-        return jax.tree.map(_to_python, result, is_leaf=_is_federated)
+        return jax.tree.map(_to_python, result, is_leaf=_is_result)
 
     def _is_lazy(self, leaves: list[Any]) -> bool:
         """Whether results stay as they are: where the arguments were arrays or `Federated`."""
@@ -252,6 +254,10 @@ def _all_federated(args: tuple[Any, ...]) -> bool:
 
 def _bare(arg: Any) -> Any:
     return arg.value if isinstance(arg, Federated) else arg
+
+
+def _is_result(x: Any) -> bool:
+    return isinstance(x, Federated | Sequence)
 
 
 def _to_python(x: Any) -> Any:

@@ -1,9 +1,11 @@
 """How a program is run: an explicit argument, never a global."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 
 from fedjax_core.errors import ArgumentError
 
@@ -19,18 +21,30 @@ class Execution:
         clients side by side (memory grows with the cohort); "streamed", waves of clients one after
         the other, with the aggregations fused into the loop (memory does not grow); "auto" is
         "streamed".
-      lanes: how many clients run side by side in one wave of the streamed mode. "auto" is a
-        function of the backend alone: 1 on CPU, where batching the clients' own weights only adds
-        work, else 16.
+      lanes: how many clients run side by side in one wave of the streamed mode, on each device.
+        "auto" is a function of the backend alone: 1 on CPU, where batching the clients' own weights
+        only adds work, else 16.
+      mesh: the devices to spread the clients over; None for one device. What the server has is on
+        all of them. See `fedjax_core.execution.sharding`.
+      axis: the axis of `mesh`, or several, along which the clients are spread. The devices along
+        the other axes hold the same clients.
       donate: whether `update` of an algorithm may reuse the memory of the state it is given, which
         is then gone for the caller.
 
     Raises:
-      ArgumentError: for a mode or a number of lanes that does not exist.
+      ArgumentError: for a mode or a number of lanes that does not exist, an axis that the mesh does
+        not have, or a mesh in the reference mode.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("clients",))
+      >>> Execution(lanes=4, mesh=mesh).num_lanes(100)
+      4
     """
 
     mode: Mode = "auto"
     lanes: int | Literal["auto"] = "auto"
+    mesh: Mesh | None = None
+    axis: str | tuple[str, ...] = "clients"
     donate: bool = False
 
     def __post_init__(self) -> None:
@@ -42,11 +56,55 @@ class Execution:
             raise ArgumentError(
                 f"Expected lanes to be 'auto' or a positive int, got {self.lanes!r}."
             )
+        self._check_axes()
+        if self.mesh is not None:
+            self._check_mesh(self.mesh)
+
+    def _check_axes(self) -> None:
+        axes = self.axes
+        is_named = isinstance(axes, tuple) and all(isinstance(name, str) for name in axes)
+        if not (is_named and axes and len(set(axes)) == len(axes)):
+            raise ArgumentError(
+                f"Expected axis to be the name of a mesh axis, or a tuple of names, got "
+                f"{self.axis!r}."
+            )
+
+    def _check_mesh(self, mesh: Mesh) -> None:
+        if not isinstance(mesh, Mesh):
+            raise ArgumentError(
+                f"Expected mesh to be a jax.sharding.Mesh, got {mesh!r}; make one with "
+                "jax.make_mesh((num_devices,), ('clients',))."
+            )
+        if self.mode == "reference":
+            raise ArgumentError(
+                "Expected no mesh in the reference mode, which runs in Python on one device, got "
+                f"{mesh!r}; leave out mesh, or use mode='auto'."
+            )
+        missing = [name for name in self.axes if name not in mesh.axis_names]
+        if missing:
+            raise ArgumentError(
+                f"Expected axis to name axes of the mesh, which are {mesh.axis_names}, got "
+                f"{missing[0]!r}; pass axis=, or name an axis of the mesh 'clients'."
+            )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names in `axis`."""
+        return (self.axis,) if isinstance(self.axis, str) else self.axis
+
+    @property
+    def num_shards(self) -> int:
+        """How many parts the clients are spread over: 1 without a mesh."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in self.axes)
 
     def num_lanes(self, num_clients: int) -> int:
-        """How many clients run side by side in a cohort of `num_clients`."""
+        """How many clients run side by side, on each device, in a cohort of `num_clients`."""
+        on_device = max(-(-num_clients // self.num_shards), 1)
         if self.mode == "stacked":
-            return max(num_clients, 1)
+            return on_device
         if self.lanes == "auto":
-            return 1 if jax.default_backend() == "cpu" else min(16, max(num_clients, 1))
-        return min(self.lanes, max(num_clients, 1))
+            return 1 if self._platform() == "cpu" else min(16, on_device)
+        return min(self.lanes, on_device)
+
+    def _platform(self) -> str:
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_core.bits import BitCount
-from fedjax_core.execution.aggregations import AGGREGATIONS, Axis, message_bits, sent
+from fedjax_core.execution import collectives
+from fedjax_core.execution.aggregations import AGGREGATIONS, Axis, across, message_bits, sent
 from fedjax_core.execution.evaluation import call_local, evaluate
 from fedjax_core.language.program import (
     Broadcast,
@@ -68,7 +69,12 @@ class Waves(NamedTuple):
 
 
 def run(
-    program: Program, values: Values, valid: jax.Array, lanes: int, axis: Axis = None
+    program: Program,
+    values: Values,
+    valid: jax.Array,
+    lanes: int,
+    axis: Axis = None,
+    num_clients: int | None = None,
 ) -> Outcome:
     """Runs a program on stacked values.
 
@@ -80,11 +86,14 @@ def run(
       lanes: how many clients run side by side.
       axis: the mesh axes that the clients are spread over, where this runs on each device for the
         clients that it holds.
+      num_clients: on all devices, the padding of the last ones left out; needed with `axis`.
     """
-    lowering = _Lowering(program, valid, lanes, dict(values), axis)
+    total = valid.shape[0] if num_clients is None else num_clients
+    lowering = _Lowering(program, valid, lanes, dict(values), axis, total)
     for level in range(max(round_trips(program), default=0) + 1):
         lowering.evaluate_uniform(level)
         lowering.run_pass(level)
+    lowering.count_sent_to_clients()
     known = lowering.values | lowering.outputs
     results = {i: known[i] for i in program.results}
     return Outcome(results, lowering.ledger, lowering.violations)
@@ -119,7 +128,13 @@ class _Lowering:
     """
 
     def __init__(
-        self, program: Program, valid: jax.Array, lanes: int, values: Values, axis: Axis
+        self,
+        program: Program,
+        valid: jax.Array,
+        lanes: int,
+        values: Values,
+        axis: Axis,
+        num_clients: int,
     ) -> None:
         self.program = program
         self.axis = axis
@@ -134,20 +149,27 @@ class _Lowering:
         self.outputs: Values = {}
         self.ledger: Values = {}
         self.violations: Values = {}
+        self.num_clients = num_clients
         self.num_valid = jnp.sum(valid, dtype=jnp.uint32)
-        if axis is not None:
-            self.num_valid = lax.psum(self.num_valid, axis)
+        self.is_counted = axis is None  # whether that is the number on all devices
 
     def evaluate_uniform(self, level: int) -> None:
         """Computes what is the same everywhere, as far as the passes so far allow."""
         for i, op in enumerate(self.ops):
             if i in self.values or self.levels[i] != level:
                 continue
-            if isinstance(op, Broadcast | Request | Select):
-                self.ledger[i] = self._sent_to_clients(op)
             if self.uniform[i]:
                 inputs = [self.values[j] for j in op.inputs]
                 self.values[i] = evaluate(op, inputs)
+
+    def count_sent_to_clients(self) -> None:
+        """Adds the bits of the way down to the ledger, once the clients are counted."""
+        downward = {
+            i: op for i, op in enumerate(self.ops) if isinstance(op, Broadcast | Request | Select)
+        }
+        if downward:
+            self._across({})
+            self.ledger |= {i: self._sent_to_clients(op) for i, op in downward.items()}
 
     def _sent_to_clients(self, op: Edge) -> BitCount:
         """The bits to all clients, or of all requests; a constant is part of the program."""
@@ -176,6 +198,7 @@ class _Lowering:
 
         totals, stacked = _scan(wave, start, (waves.values, waves.valid))
         stacked = {i: _unsplit(stacked[i], waves, self.valid.shape[0]) for i in rows}
+        totals = self._across(totals) if rising else totals
         for i in sinks:
             self._finish(i, totals[i])
         for i, source in collected.items():
@@ -230,11 +253,19 @@ class _Lowering:
         op = self.ops[i]
         return _rule(op).contribute(op, [values[j] for j in op.inputs], is_valid)
 
+    def _across(self, totals: dict[int, Any]) -> dict[int, Any]:
+        """The totals of all devices; the first time the clients are counted along with them."""
+        if self.axis is None or (self.is_counted and not totals):
+            return totals
+        count = () if self.is_counted else self.num_valid
+        totals, count = across(self.program, totals, count, self.axis)
+        self.num_valid = self.num_valid if self.is_counted else count
+        self.is_counted = True
+        return totals
+
     def _finish(self, i: int, total: Any) -> None:
         """Stores the result of an aggregation, and its bits."""
         op = self.ops[i]
-        if self.axis is not None:
-            total = _rule(op).across(op, total, self.axis)
         self.values[i] = _rule(op).result(op, total)
         if isinstance(op, Edge):
             self.ledger[i] = sent(self.program, op, total)
@@ -246,8 +277,9 @@ class _Lowering:
         op = cast(Collect, self.ops[i])
         valid = self.valid
         if self.axis is not None:
-            gathered = lax.all_gather((stacked, valid), self.axis)
+            gathered = collectives.gather((stacked, valid), self.axis)
             stacked, valid = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), gathered)
+            stacked, valid = jax.tree.map(lambda x: x[: self.num_clients], (stacked, valid))
         self.values[i] = collect(stacked, valid)
         bits = message_bits(self.program, op, self.num_valid)
         self.ledger[i] = bits.times(self.num_valid)

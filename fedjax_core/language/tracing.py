@@ -205,7 +205,7 @@ def _locate(error: Exception, name: str) -> None:
     if isinstance(error, FedjaxError) and where:
         error.args = (f"{error.args[0]} ({where})", *error.args[1:])
     else:
-        error.add_note(f"In {name}, called at {where or 'an unknown place'}.")
+        error.add_note(f"In {name.lstrip('_')}, called at {where or 'an unknown place'}.")
     error.__dict__["_is_located"] = True
 
 
