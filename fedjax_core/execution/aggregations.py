@@ -323,13 +323,12 @@ def across(
       totals of the others are gathered, and merged in the order of the devices.
     """
     sums = {i: x for i, x in totals.items() if AGGREGATIONS[type(program.ops[i])].adds_up}
-    sums, num_clients = collectives.add_up((sums, num_clients), axis)
-    sums = accumulators.carried(sums)
-    rest = {i: x for i, x in totals.items() if i not in sums}
-    if not rest:
-        return sums, num_clients
-    gathered = collectives.gather(rest, axis)
-    return sums | {i: _merged(program.ops[i], x) for i, x in gathered.items()}, num_clients
+    folds = {i: x for i, x in totals.items() if i not in sums}
+    counts = {i: x.count for i, x in folds.items()}
+    sums, counts, num_clients = collectives.add_up((sums, counts, num_clients), axis)
+    merged = {i: _merged(program.ops[i], x) for i, x in collectives.gather(folds, axis).items()}
+    merged = {i: x._replace(count=counts[i]) for i, x in merged.items()}
+    return accumulators.carried(sums) | merged, num_clients
 
 
 def _merged(op: Op, gathered: Partial) -> Partial:

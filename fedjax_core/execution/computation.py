@@ -16,7 +16,12 @@ from fedjax_core.execution import lowering, reference, sharding
 from fedjax_core.execution.config import Execution
 from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, types
-from fedjax_core.language.bodies import bind_functions, inline, trace_program
+from fedjax_core.language.bodies import (
+    bind_functions,
+    inline,
+    names_of_parameters,
+    trace_program,
+)
 from fedjax_core.language.local import TypedFunction, name_of, positional_names, split_function
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Constant, Program, SecureSum
@@ -94,7 +99,8 @@ class Computation(TypedFunction):
         indices = self._functions()
         if len(functions) != len(indices):
             raise FederatedTypeError(
-                f"`{self.program.name}` expected {len(indices)} functions, got {len(functions)}."
+                f"`{self.program.name}` expected {len(indices)} functions, got {len(functions)}; "
+                "pass one for each parameter that is a function."
             )
         return self._bound(tuple(zip(indices, functions, strict=True)))
 
@@ -202,11 +208,7 @@ class Computation(TypedFunction):
                 f"`{program.name}` expected {len(program.parameters)} arguments of type "
                 f"{self.type_signature.parameter}, got {len(leaves)}."
             )
-        names = [
-            program.name_of_argument(k)
-            for k, tree in enumerate(program.parameter_tree)
-            for _ in jax.tree.leaves(tree)
-        ]
+        names = names_of_parameters(program)
         wanted = [program.ops[i].type for i in program.parameters]
         return list(zip(wanted, leaves, names, strict=True))
 
@@ -279,18 +281,23 @@ def _is_federated(x: Any) -> bool:
 def _count_clients(program: Program, args: Any, valid: Any, num_clients: int | None) -> int:
     """The one size of the clients axis that all arguments agree on."""
     sizes = {
-        f"argument {i}": feeding.num_clients_of(arg)
-        for i, arg in zip(program.parameters, args, strict=True)
+        name: feeding.num_clients_of(arg)
+        for name, arg in zip(names_of_parameters(program), args, strict=True)
         if _is_federated(arg)
     }
     sizes["valid"] = None if valid is None else len(valid)
     sizes["num_clients"] = num_clients
     known = {name: size for name, size in sizes.items() if size is not None}
-    if num_clients is not None and (isinstance(num_clients, bool) or num_clients < 0):
-        raise ArgumentError(f"Expected a number of clients of at least 0, got {num_clients=}.")
-    if len(set(known.values())) > 1:
+    is_count = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
+    if num_clients is not None and not (is_count and num_clients >= 0):
         raise ArgumentError(
-            f"`{program.name}` expected one number of clients, got {known}; pass values of the "
+            f"`{program.name}` expected a number of clients of at least 0, got {num_clients=}; "
+            "pass an int."
+        )
+    if len(set(known.values())) > 1:
+        counts = ", ".join(f"{size} for {name}" for name, size in known.items())
+        raise ArgumentError(
+            f"`{program.name}` expected one number of clients, got {counts}; pass values of the "
             "same clients."
         )
     needs_clients = any(lowering.is_at_clients(op) for op in program.ops)
@@ -431,9 +438,10 @@ def federated_computation(*args: Any) -> Any:
 
 def _takes_arguments(function: Callable[..., Any]) -> bool:
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    wrong = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is not p.KEYWORD_ONLY or p.default is p.empty for p in wrong):
         raise FederatedTypeError(
-            f"`{name_of(function)}` expected named parameters, got *args or **kwargs; name each "
-            "one."
+            f"`{name_of(function)}` expected named parameters that can be given by position, got "
+            f"{', '.join(map(str, wrong))}; name each one, or declare the types."
         )
     return bool(parameters)

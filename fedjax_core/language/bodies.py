@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference, types
+from fedjax_core.language.checks import check_fits, check_takes
 from fedjax_core.language.feeding import contains_str, is_composite, to_member
 from fedjax_core.language.local import (
     TypedFunction,
@@ -26,6 +27,7 @@ from fedjax_core.language.tracing import (
     building,
     constant,
     current_builder,
+    explain,
     operator,
     position_of,
     zip_values,
@@ -46,11 +48,20 @@ def trace_program(function: Callable[..., Any], parameters: tuple[Type, ...]) ->
     """
     name = name_of(function)
     names = tuple(positional_names(function))
+    check_takes(function, len(parameters), f"`{name}`")
     with building() as builder:
         arguments = tuple(_declare(builder, t) for t in parameters)
         with _outside_of_jax_traces():
-            result = _as_values(function(*arguments), name)
+            result = _as_values(_call_body(function, arguments, name), name)
         return _program(builder, name, names, parameters, arguments, result)
+
+
+def _call_body(function: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Any:
+    try:
+        return function(*arguments)
+    except TypeError as error:
+        explain(error, name)
+        raise
 
 
 def _program(
@@ -114,7 +125,8 @@ def _as_values(result: Any, name: str) -> Any:
     """The result of a body with its constants made values of the program."""
     if not jax.tree.leaves(result, is_leaf=_is_value):
         raise FederatedTypeError(
-            f"`{name}` returned {result!r}: expected a value, or a struct of them; add a return."
+            f"Expected `{name}` to return a value, or a struct of them, got {result!r}; add a "
+            "return."
         )
     return jax.tree.map(lambda leaf: _as_value(leaf, name), result, is_leaf=_is_value)
 
@@ -125,14 +137,15 @@ def _as_value(leaf: Any, name: str) -> Value:
         return leaf
     if isinstance(leaf, Tracer):
         raise FederatedTypeError(
-            f"`{name}` returned {leaf}, a value that JAX is tracing; pass it as an argument."
+            f"Expected `{name}` to return values of its body, got {leaf}, which JAX is tracing "
+            "outside of it; pass it as an argument."
         )
     try:
         t = inference.infer_type(leaf)
     except FederatedTypeError as error:
         raise FederatedTypeError(
-            f"`{name}` returned {leaf!r} of type {type(leaf).__name__}, which is neither a value "
-            "of the body nor a constant; return values that operators made."
+            f"Expected `{name}` to return values, got {leaf!r} of type {type(leaf).__name__}, "
+            "which is neither a value of the body nor a constant; return what operators made."
         ) from error
     return constant(leaf if contains_str(t) else to_member(leaf, t, f"`{name}`"), t, name)
 
@@ -158,10 +171,20 @@ def inline(program: Program, args: tuple[Any, ...]) -> Any:
     name = f"`{program.name}`"
     given = [_argument(x, name) for x in program.leaves_of(args)]
     wanted = [program.ops[i].type for i in program.parameters]
-    for index, (value, t) in enumerate(zip(given, wanted, strict=True)):
-        t.check_assignable_from(value.type_signature, f"argument {index} of {name}")
+    names = names_of_parameters(program)
+    for value, t, where in zip(given, wanted, names, strict=True):
+        check_fits(t, value.type_signature, where)
     values = dict(zip(program.parameters, given, strict=True))
     return _append(program, values, name)
+
+
+def names_of_parameters(program: Program) -> list[str]:
+    """What errors call each of a program's parameters: the argument, and the field in it."""
+    return [
+        f"{program.name_of_argument(k)}{jax.tree_util.keystr(path)}"
+        for k, tree in enumerate(program.parameter_tree)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def _argument(x: Any, name: str) -> Value:
@@ -196,7 +219,7 @@ def bind_functions(program: Program, functions: dict[int, Any]) -> Program:
     kept = [k for k in range(len(program.parameter_tree)) if k not in functions]
     wanted = program.argument_types
     for k, function in functions.items():
-        _check_function(function, wanted[k], f"argument {k} of `{program.name}`")
+        _check_function(function, wanted[k], program.name_of_argument(k))
     with building() as builder:
         arguments = tuple(_declare(builder, wanted[k]) for k in kept)
         values: dict[int, Value] = {}
@@ -213,9 +236,12 @@ def bind_functions(program: Program, functions: dict[int, Any]) -> Program:
 
 def _check_function(function: Any, t: Type, where: str) -> None:
     if not callable(function) or isinstance(function, Value):
-        raise FederatedTypeError(f"{where}: expected a function of type {t}, got {function!r}.")
+        raise FederatedTypeError(
+            f"{where}: expected a function of type {t}, got {function!r}; pass a jax_computation, "
+            "or any JAX function."
+        )
     if isinstance(function, TypedFunction):
-        t.check_assignable_from(function.type_signature, where)
+        check_fits(t, function.type_signature, where)
 
 
 def _append_bound(program: Program, values: dict[int, Value], functions: dict[int, Any]) -> Any:
@@ -240,5 +266,5 @@ def _call(function: Any, args: tuple[Value, ...], op: Apply) -> Value:
         result = inline(inner, args)
     else:
         result = apply_local(function, args, name)
-    op.type.check_assignable_from(result.type_signature, f"the result of {name}")
+    check_fits(op.type, result.type_signature, f"the result of {name}")
     return result

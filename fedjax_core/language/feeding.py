@@ -13,6 +13,7 @@ import numpy as np
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import inference, types
+from fedjax_core.language.checks import check_fits
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import (
     FederatedType,
@@ -51,7 +52,10 @@ def _to_array(value: Any, t: TensorType, where: str) -> Any:
         value = _from_python(value, t, where)
     _check_dtype(value, t, where)
     if not types.is_shape_assignable(t.shape, tuple(value.shape)):
-        raise FederatedTypeError(f"{where}: expected {t}, got shape {tuple(value.shape)}.")
+        raise FederatedTypeError(
+            f"{where}: expected {t}, got shape {tuple(value.shape)}; reshape or pad it, or declare "
+            "another type."
+        )
     dtype = inference.runtime_dtype(t.dtype)
     if value.dtype == dtype:
         return value
@@ -64,22 +68,32 @@ def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise FederatedTypeError(f"{where}: expected {t}, got {value!r} ({error}).") from error
+        raise FederatedTypeError(
+            f"{where}: expected {t}, got {value!r} ({error}); give all rows one shape."
+        ) from error
     order = "biufc"
     target = np.dtype(t.dtype).kind if isinstance(t.dtype, np.dtype) else "?"
     target = "f" if target == "V" else target  # bfloat16 and its kin
     fits = array.dtype.kind in order and target in order
     if not fits or (array.size and order.index(array.dtype.kind) > order.index(target)):
-        raise FederatedTypeError(f"{where}: expected {t}, got {value!r} of {type(value).__name__}.")
+        raise FederatedTypeError(
+            f"{where}: expected {t}, got {value!r} of {type(value).__name__}; convert it, or "
+            "declare another type."
+        )
     if target in "iu":
         _check_range(array, t, where)
     return array.astype(inference.runtime_dtype(t.dtype))
 
 
 def _check_range(array: np.ndarray, t: TensorType, where: str) -> None:
-    limits = np.iinfo(inference.runtime_dtype(t.dtype))
+    dtype = inference.runtime_dtype(t.dtype)
+    limits = np.iinfo(dtype)
     if array.size and (array.min() < limits.min or array.max() > limits.max):
-        raise FederatedTypeError(f"{where}: expected values that {t} holds, got {array!r}.")
+        held = f"{t}, without jax_enable_x64 {dtype}," if dtype != t.dtype else f"{t}"
+        raise FederatedTypeError(
+            f"{where}: expected values that {held} holds, from {limits.min} to {limits.max}, got "
+            f"values from {array.min()} to {array.max()}; scale them, or declare a wider type."
+        )
 
 
 def _check_dtype(value: Any, t: TensorType, where: str) -> None:
@@ -116,15 +130,23 @@ def _fields_of(value: Any, t: StructType, where: str) -> list[Any]:
     if names and None not in names and None not in by_name:
         if set(by_name) != set(names):
             raise FederatedTypeError(
-                f"{where}: expected the fields {names} of {t}, got {sorted(map(str, by_name))}."
+                f"{where}: expected the fields {names} of {t}, got {sorted(map(str, by_name))}; "
+                f"{_difference_of_names(names, by_name)}."
             )
         return [by_name[name] for name in names]
     if len(given) != len(names) or (isinstance(value, Mapping) and names):
         raise FederatedTypeError(
             f"{where}: expected the {len(names)} fields of {t}, got {len(given)} in a "
-            f"{type(value).__name__}."
+            f"{type(value).__name__}; pass one value for each."
         )
     return [child for _, child in given]
+
+
+def _difference_of_names(names: list[Any], given: Any) -> str:
+    missing = [name for name in names if name not in given]
+    unknown = sorted(str(name) for name in given if name not in names)
+    parts = ["add " + str(missing)] if missing else []
+    return " and ".join([*parts, *(["leave out " + str(unknown)] if unknown else [])])
 
 
 def bind_arguments(
@@ -145,11 +167,15 @@ def bind_arguments(
     unknown = sorted(set(kwargs) - set(names[:count]))
     if unknown:
         raise FederatedTypeError(
-            f"`{name}` expected arguments out of {list(names[:count])}, got {unknown}."
+            f"`{name}` expected arguments out of {list(names[:count])}, got {unknown}; use these "
+            "names."
         )
     twice = [given for given in names[: len(args)] if given in kwargs]
     if twice:
-        raise FederatedTypeError(f"`{name}` got {twice} by position and by name; give it once.")
+        raise FederatedTypeError(
+            f"`{name}` expected each argument once, got {twice} by position and by name; give it "
+            "once."
+        )
     if not kwargs and len(args) == count:
         return args
     by_name = [kwargs[given] for given in names[len(args) : count] if given in kwargs]
@@ -157,7 +183,7 @@ def bind_arguments(
         missing = [given for given in names[len(args) : count] if given not in kwargs]
         raise FederatedTypeError(
             f"`{name}` expected {count} arguments, got {len(args) + len(kwargs)}"
-            + (f"; missing {missing}." if missing else ".")
+            + (f"; missing {missing}." if missing else f"; pass {count}.")
         )
     return (*args, *by_name)
 
@@ -195,7 +221,8 @@ def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
         return _to_columns(value, t, where)
     if not isinstance(value, list | tuple | np.ndarray | jax.Array):
         raise FederatedTypeError(
-            f"{where}: expected a list of examples of type {t.element}, got {type(value).__name__}."
+            f"{where}: expected a list of examples of type {t.element}, got "
+            f"{type(value).__name__}; wrap the examples in a list."
         )
     rows = [
         to_member(row, t.element, f"{where}, example {position}")
@@ -323,28 +350,29 @@ def to_placed(value: Any, t: FederatedType, where: str) -> Federated:
 
 def check_federated(value: Federated, t: FederatedType, where: str) -> None:
     """Raises unless `value` may be passed for a parameter of type `t`."""
-    check_runtime(t, type_of_federated(value), where)
+    check_runtime(t, type_of_federated(value, where), where)
 
 
 def check_runtime(t: Type, given: Type, where: str) -> None:
     """Raises unless arrays of type `given` may be used as `t`, 64 bits as arrays have them."""
-    inference.runtime_type(t).check_assignable_from(inference.runtime_type(given), where)
+    check_fits(inference.runtime_type(t), inference.runtime_type(given), where)
 
 
-def type_of_federated(value: Federated) -> FederatedType:
+def type_of_federated(value: Federated, where: str = "a value at CLIENTS") -> FederatedType:
     """The type of a concrete federated value, without the clients axis."""
     if value.placement is CLIENTS and not value.all_equal:
-        return FederatedType(_member_type(value.value), CLIENTS, False)
+        return FederatedType(_member_type(value.value, where), CLIENTS, False)
     return FederatedType(inference.infer_type(value.value), value.placement, value.all_equal)
 
 
-def _member_type(stacked: Any) -> Type:
+def _member_type(stacked: Any, where: str) -> Type:
     def member(x: Any) -> Any:
         if isinstance(x, Sequence):
             return x  # knows its own axes
         if not getattr(x, "shape", ()):
             raise FederatedTypeError(
-                f"Expected arrays with a leading clients axis in a value at CLIENTS, got {x!r}."
+                f"Expected arrays with a leading clients axis for {where}, got {x!r} without axes; "
+                "stack one row a client, or pass all_equal=True."
             )
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
@@ -361,7 +389,8 @@ def num_clients_of(value: Federated) -> int | None:
     sizes = {(leaf.length if is_sequence(leaf) else leaf).shape[0] for leaf in leaves}
     if len(sizes) > 1:
         raise ArgumentError(
-            f"Expected one number of clients in a value at CLIENTS, got arrays of {sorted(sizes)}."
+            f"Expected one number of clients in a value at CLIENTS, got arrays of {sorted(sizes)}; "
+            "give all leaves the same leading axis."
         )
     return sizes.pop() if sizes else None
 

@@ -7,6 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
+from fedjax_core.language.base_types import at_path, step_to
+from fedjax_core.language.compatibility import check_sum_compatible as check_sum_compatible
+from fedjax_core.language.compatibility import is_average_compatible as is_average_compatible
+from fedjax_core.language.compatibility import is_integer_compatible as is_integer_compatible
+from fedjax_core.language.compatibility import is_min_max_compatible as is_min_max_compatible
+from fedjax_core.language.compatibility import is_sum_compatible as is_sum_compatible
+from fedjax_core.language.compatibility import why_not_averageable as why_not_averageable
+from fedjax_core.language.compatibility import why_not_integers as why_not_integers
+from fedjax_core.language.compatibility import why_not_orderable as why_not_orderable
+from fedjax_core.language.compatibility import why_not_summable as why_not_summable
+from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import (
     FederatedType,
     MisplacedTypeError,
@@ -18,57 +29,109 @@ from fedjax_core.language.types import (
     is_str,
     one_level,
 )
-from fedjax_core.language.values import Sequence
+from fedjax_core.language.values import Federated, Sequence
 
 
 def infer_type(value: Any) -> Type:
     """The type of a concrete value: an array, a Python number, a `Sequence`, or a pytree of these.
 
-    Python numbers become bool, int32 (int64 where 32 bits do not hold it), float32 and complex128.
+    Arrays and NumPy's scalars keep their dtype. Python numbers become bool, int32 (int64 where 32
+    bits do not hold it), float32 and complex128, strings and bytes str. A `Federated` value has a
+    `FederatedType`, in which there is no clients axis.
+
+    Args:
+      value: anything of that; a pytree keeps its Python container, None is a struct without fields.
 
     Raises:
-      FederatedTypeError: for a value that is no array and no pytree of arrays.
+      FederatedTypeError: for a value that is no array and no pytree of arrays, naming the leaf; for
+        an integer of more than 64 bits it is a `ValueError` too.
 
     Examples:
       >>> str(infer_type({"w": np.zeros((3, 2), np.float32), "b": 0.5}))
       '<b=float32,w=float32[3,2]>'
     """
+    return _infer(value, "")
+
+
+def _infer(value: Any, path: str) -> Type:
+    if isinstance(value, Federated):
+        return _federated_type(value, path)
     if isinstance(value, Sequence):
-        return SequenceType(_element_type(value))
-    if isinstance(value, bool | int | float | complex | str):
-        return TensorType(_python_dtype(value))
+        return SequenceType(_infer(value.element_spec, path))
+    if isinstance(value, type | Type):
+        raise FederatedTypeError(
+            f"Expected a value{at_path(path)}, got the type {value!r}; use to_type for types."
+        )
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return TensorType(value.dtype, value.shape)
-    fields, container = one_level(value)
-    return StructType([(name, infer_type(child)) for name, child in fields], container)
+        return _tensor_type(value.dtype, tuple(value.shape), path)
+    if isinstance(value, bool | int | float | complex | str | bytes):
+        return _tensor_type(_python_dtype(value, path), (), path)
+    return _infer_struct(value, path)
 
 
-def _element_type(sequence: Sequence) -> Type:
-    row_axes = 1 if sequence.packed else 1 + len(sequence.length.shape)
-    return infer_type(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[row_axes:], x.dtype), sequence.elements)
-    )
+def _tensor_type(dtype: Any, shape: tuple[Any, ...], path: str) -> Type:
+    try:
+        return TensorType(dtype, shape)
+    except FederatedTypeError as error:
+        raise FederatedTypeError(f"The value{at_path(path)} has no type: {error}") from error
 
 
-def _python_dtype(value: bool | float | complex | str) -> Any:
+def _infer_struct(value: Any, path: str) -> Type:
+    try:
+        fields, container = one_level(value)
+    except FederatedTypeError as error:
+        raise FederatedTypeError(f"The value{at_path(path)} has no type: {error}") from error
+    children = [
+        (name, _infer(child, path + step_to(name, position)))
+        for position, (name, child) in enumerate(fields)
+    ]
+    return StructType(children, container)
+
+
+def _federated_type(value: Federated, path: str) -> Type:
+    member = value.value
+    if value.placement is CLIENTS and not value.all_equal:
+        is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731 - knows its own axes
+        member = jax.tree_util.tree_map_with_path(
+            lambda at, x: x if is_sequence(x) else _without_clients(at, x, path),
+            member,
+            is_leaf=is_sequence,
+        )
+    return FederatedType(_infer(member, path), value.placement, value.all_equal)
+
+
+def _without_clients(at: Any, x: Any, path: str) -> Any:
+    if not getattr(x, "shape", ()):
+        raise FederatedTypeError(
+            "Expected arrays with a leading clients axis in a value at CLIENTS, got "
+            f"{x!r}{at_path(path + jax.tree_util.keystr(at))}; stack the clients' values."
+        )
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def _python_dtype(value: bool | float | complex | str | bytes, path: str) -> Any:
     match value:
         case bool():
             return np.bool_
         case int():
-            return _integer_dtype(value)
+            return _integer_dtype(value, path)
         case float():
             return np.float32
         case complex():
             return np.complex128
-        case str():
+        case _:
             return np.str_
 
 
-def _integer_dtype(value: int) -> Any:
+def _integer_dtype(value: int, path: str) -> Any:
     for dtype in (np.int32, np.int64):
         if np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
             return dtype
-    raise MisplacedTypeError(f"Expected an integer of at most 64 bits, got {value}.")
+    num_bits = 1 + max(value, ~value).bit_length()  # not the value: it may have too many digits
+    raise MisplacedTypeError(
+        f"Expected an integer of at most 64 bits{at_path(path)}, got one of {num_bits}; use a "
+        "float, or split it."
+    )
 
 
 def template(t: Type, capacity: int = 1) -> Any:
@@ -117,25 +180,6 @@ def runtime_type(t: Type) -> Type:
         case FederatedType(member, placement, all_equal):
             return FederatedType(runtime_type(member), placement, all_equal)
     return t
-
-
-def is_sum_compatible(t: Type) -> bool:
-    """Whether values of type `t` can be added: numbers of fixed shape, and structs of them."""
-    if isinstance(t, TensorType):
-        is_number = isinstance(t.dtype, np.dtype) and jnp.issubdtype(t.dtype, jnp.number)
-        return is_number and t.shape is not None and None not in t.shape
-    if isinstance(t, FederatedType):
-        return is_sum_compatible(t.member)
-    return isinstance(t, StructType) and all(map(is_sum_compatible, t.children()))
-
-
-def is_average_compatible(t: Type) -> bool:
-    """Whether values of type `t` can be averaged: floating or complex, and structs of them."""
-    if isinstance(t, TensorType):
-        return is_sum_compatible(t) and jnp.issubdtype(t.dtype, jnp.inexact)
-    if isinstance(t, FederatedType):
-        return is_average_compatible(t.member)
-    return isinstance(t, StructType) and all(map(is_average_compatible, t.children()))
 
 
 def is_empty(t: Type) -> bool:

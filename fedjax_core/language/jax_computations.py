@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import FederatedTypeError, PlacementError
 from fedjax_core.language import types
+from fedjax_core.language.checks import check_takes
 from fedjax_core.language.feeding import bind_arguments, to_member
 from fedjax_core.language.local import (
     TypedFunction,
@@ -20,7 +21,7 @@ from fedjax_core.language.local import (
 )
 from fedjax_core.language.mapping import apply_local
 from fedjax_core.language.tracing import Value, operator
-from fedjax_core.language.types import FunctionType, Type
+from fedjax_core.language.types import FederatedType, FunctionType, Type
 
 
 class JaxComputation(TypedFunction):
@@ -35,6 +36,14 @@ class JaxComputation(TypedFunction):
         self.function = function
         self.parameters = parameters
         self._names = tuple(positional_names(function))
+        what = f"jax_computation of `{name_of(function)}`"
+        check_takes(function, len(parameters), what)
+        for t in parameters:
+            if t.contains(FederatedType) or t.contains(FunctionType):
+                raise FederatedTypeError(
+                    f"{what}: expected types of one member's values, got {t}; declare the member's "
+                    "type, or use federated_computation."
+                )
         self._local = trace_local(function, parameters, "jax_computation")
         self.type_signature = FunctionType(
             pack_parameters(function, parameters), self._local.result
@@ -68,7 +77,7 @@ def _call_in_body(computation: JaxComputation, args: tuple[Any, ...]) -> Value:
     name = name_of(computation.function)
     for arg in args:
         if isinstance(arg, Value) and isinstance(arg.type_signature, types.FederatedType):
-            raise FederatedTypeError(
+            raise PlacementError(
                 f"`{name}`: expected unplaced values, got one of type {arg.type_signature}; apply "
                 "the function where the value is with federated_map."
             )
@@ -120,5 +129,3 @@ def jax_computation(*args: Any) -> Any:
         return JaxComputation(function, parameters)
 
     return decorate if function is None else decorate(function)
-
-

@@ -9,6 +9,7 @@ from jax.core import Tracer
 
 from fedjax_core.errors import FederatedTypeError, PlacementError
 from fedjax_core.language import inference
+from fedjax_core.language.checks import check_takes
 from fedjax_core.language.feeding import contains_str, to_member
 from fedjax_core.language.local import Local, TypedFunction, name_of, trace_local
 from fedjax_core.language.placements import CLIENTS, SERVER, Placement
@@ -19,6 +20,7 @@ from fedjax_core.language.tracing import (
     as_value,
     common_placement,
     current_builder,
+    explain,
     is_placed,
     location,
     member_of,
@@ -47,13 +49,14 @@ def federated_value(value: Any, placement: Placement) -> Value:
       placement: `CLIENTS` or `SERVER`.
 
     Raises:
-      FederatedTypeError: if `value` is placed already.
-      PlacementError: if there is no such placement.
+      FederatedTypeError: if `value` is no pytree of arrays.
+      PlacementError: if `value` is placed already, or there is no such placement.
     """
     builder = current_builder("federated_value")
     if not isinstance(placement, Placement):
         raise PlacementError(
-            f"federated_value: expected CLIENTS or SERVER as the placement, got {placement!r}."
+            f"federated_value: expected CLIENTS or SERVER as the placement, got {placement!r}; "
+            "pass fc.CLIENTS or fc.SERVER."
         )
     leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Value))
     if any(isinstance(leaf, Value) for leaf in leaves):
@@ -71,7 +74,7 @@ def federated_value(value: Any, placement: Placement) -> Value:
 
 def _place(value: Value, placement: Placement) -> Value:
     if is_placed(value):
-        raise FederatedTypeError(
+        raise PlacementError(
             f"federated_value: expected an unplaced value, got one of type {value.type_signature}; "
             "move it with federated_broadcast or an aggregation."
         )
@@ -138,7 +141,9 @@ def federated_eval(function: Any, placement: Placement) -> Value:
     what = f"federated_eval of `{name_of(getattr(function, 'function', function))}`"
     builder = current_builder(what)
     if not isinstance(placement, Placement):
-        raise PlacementError(f"{what}: expected CLIENTS or SERVER, got {placement!r}.")
+        raise PlacementError(
+            f"{what}: expected CLIENTS or SERVER, got {placement!r}; pass fc.CLIENTS or fc.SERVER."
+        )
     if isinstance(function, Value):
         result = apply_function(function, ())
         at_server = _place(result, SERVER)
@@ -190,7 +195,18 @@ def local_of(function: Any, members: tuple[Type, ...], what: str) -> Local:
             f"{what}: expected a function of your own, got {function!r}; a function that is a "
             "parameter can be called, mapped or evaluated."
         )
-    return trace_local(function, members, what)
+    if isinstance(function, TypedFunction) and function.type_signature.contains(FederatedType):
+        raise FederatedTypeError(
+            f"{what}: expected a function of one member's values, got a computation of type "
+            f"{function.type_signature}; call it with the placed values instead."
+        )
+    try:
+        return trace_local(function, members, what)
+    except TypeError as error:
+        explain(error, name_of(function))
+        if callable(function) and not isinstance(function, TypedFunction):
+            check_takes(function, len(members), what)  # says more than Python's own error
+        raise
 
 
 def _one_value(arg: Any, what: str) -> Value:
@@ -207,7 +223,8 @@ def _spread(function: Any, arg: Any) -> tuple[Any, ...]:
     if isinstance(arg, tuple | list) and not hasattr(arg, "_fields") and count == len(arg) > 1:
         return tuple(arg)
     if isinstance(arg, Value) and count is not None and count > 1:
-        return tuple(arg)
+        t = member_of(arg.type_signature)
+        return tuple(arg) if isinstance(t, StructType) else (arg,)
     return (arg,)
 
 
@@ -259,6 +276,7 @@ def presence(present: Value | None, what: str) -> tuple[Value, ...]:
     present = placed(present, CLIENTS, what)
     if federated_type_of(present, what).member != TensorType(np.bool_):
         raise FederatedTypeError(
-            f"{what}: expected `present` of type {{bool}}@CLIENTS, got {present.type_signature}."
+            f"{what}: expected `present` of type {{bool}}@CLIENTS, got {present.type_signature}; "
+            "compare it with something in federated_map."
         )
     return (present,)

@@ -22,10 +22,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import CodecError, FederatedTypeError
 from fedjax_core.language import inference
-from fedjax_core.language.local import TypedFunction
+from fedjax_core.language.checks import check_fits
+from fedjax_core.language.feeding import to_member
+from fedjax_core.language.local import Local, TypedFunction
 from fedjax_core.language.mapping import federated_eval as federated_eval
 from fedjax_core.language.mapping import federated_map as federated_map
 from fedjax_core.language.mapping import federated_type_of, local_of, placed, presence
@@ -72,6 +75,7 @@ def federated_broadcast(
       CodecError: if the codec needs more than the value.
     """
     if codec is not None:
+        _check_codec(codec, "federated_broadcast")
         return broadcast_encoded(codec, value, name)
     value = placed(value, SERVER, "federated_broadcast")
     builder = current_builder("federated_broadcast")
@@ -80,6 +84,15 @@ def federated_broadcast(
     t = FederatedType(member, CLIENTS, all_equal=True)
     inputs = (position_of(value, builder, "federated_broadcast"),)
     return builder.add(Broadcast(type=t, inputs=inputs, label=name, location=location()))
+
+
+def _check_codec(codec: Any, what: str) -> None:
+    missing = [part for part in ("init", "encode", "decode", "bits") if not hasattr(codec, part)]
+    if missing:
+        raise CodecError(
+            f"{what}: expected a codec, got {codec!r} without {missing}; pass one of "
+            "fc.compression, or None to send raw values."
+        )
 
 
 @operator
@@ -109,6 +122,7 @@ def federated_sum(
       CodecError: if the codec needs more than the value.
     """
     if codec is not None:
+        _check_codec(codec, "federated_sum")
         return sum_encoded(codec, value, present, name)
     value = placed(value, CLIENTS, "federated_sum")
     member = federated_type_of(value, name).member
@@ -193,7 +207,7 @@ def _scalar_weight(weight: Any) -> Value:
     ):
         raise FederatedTypeError(
             f"federated_mean: expected one scalar weight a client, an integer or float, got "
-            f"{weight.type_signature}."
+            f"{weight.type_signature}; compute one number a client in federated_map."
         )
     # The sum of the weights has their dtype, and would overflow a small one.
     return weight if member.dtype.itemsize >= 4 else federated_map(_widen, weight)
@@ -263,7 +277,9 @@ def federated_aggregate(
     accumulator = local_of(accumulate, (state, member), f"{what}: accumulate")
     merger = local_of(merge, (state, state), f"{what}: merge")
     for part, local in (("accumulate", accumulator), ("merge", merger)):
-        state.check_assignable_from(local.result, f"the result of `{part}`")
+        check_fits(state, local.result, f"the result of `{part}`")
+    if not isinstance(zero, Value):
+        _check_neutral(merger, zero, state)
     reporter = local_of(report, (state,), f"{what}: report")
     builder = current_builder(what)
     return builder.add(
@@ -279,9 +295,27 @@ def federated_aggregate(
     )
 
 
+def _check_neutral(merge: Local, zero: Any, state: Type) -> None:
+    """Raises unless the merge of two accumulators of no clients is one again.
+
+    Every group of clients that are accumulated apart from others starts from it.
+    """
+    leaves = jax.tree.leaves(to_member(zero, state, "federated_aggregate: zero"))
+    traced = next(iter(merge.traces.values()))
+    merged = jex_core.jaxpr_as_fun(traced.jaxpr)(*leaves, *leaves)
+    for leaf, result in zip(leaves, merged, strict=True):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+            continue
+        if not np.array_equal(leaf, result, equal_nan=jnp.issubdtype(result.dtype, jnp.inexact)):
+            raise FederatedTypeError(
+                f"federated_aggregate: expected merge(zero, zero) to be zero, got {result} of "
+                f"{leaf}; choose a zero that is neutral for `merge`."
+            )
+
+
 def _check_zero(state: Type, accumulate: Any) -> None:
     if isinstance(accumulate, TypedFunction):
-        accumulate.parameters[0].check_assignable_from(state, "`zero`")
+        check_fits(accumulate.parameters[0], state, "`zero`")
 
 
 @operator
@@ -396,11 +430,10 @@ def federated_select(
     is_vector = isinstance(key_type, TensorType) and len(key_type.shape or ()) == 1
     if not is_vector or cast(TensorType, key_type).dtype != np.int32:
         raise FederatedTypeError(
-            f"{what}: expected client_keys of type {{int32[n]}}@CLIENTS, got {keys.type_signature}."
+            f"{what}: expected client_keys of type {{int32[n]}}@CLIENTS, got "
+            f"{keys.type_signature}; convert them with astype in federated_map."
         )
-    limit = max_key if isinstance(max_key, Value) else federated_value(np.int32(max_key), SERVER)
-    limit, source = placed(limit, SERVER, what), placed(server_val, SERVER, what)
-    TensorType(np.int32).check_assignable_from(federated_type_of(limit, what).member, "max_key")
+    limit, source = _number_of_keys(max_key, what), placed(server_val, SERVER, what)
     members = (federated_type_of(source, what).member, TensorType(np.int32))
     select = local_of(select_fn, members, f"{what}: select_fn")
     type_bits(select.result)  # refuses what has no size
@@ -421,3 +454,18 @@ def federated_select(
             location=location(),
         )
     )
+
+
+def _number_of_keys(max_key: Any, what: str) -> Value:
+    """`max_key` as a value at the server."""
+    if isinstance(max_key, Value):
+        limit = placed(max_key, SERVER, what)
+        check_fits(TensorType(np.int32), federated_type_of(limit, what).member, "`max_key`")
+        return limit
+    is_int = isinstance(max_key, int | np.integer) and not isinstance(max_key, bool)
+    if not is_int or not 1 <= max_key <= np.iinfo(np.int32).max:
+        raise FederatedTypeError(
+            f"{what}: expected `max_key` to be int32 at the server or an int of at least 1, got "
+            f"{max_key!r}; pass the number of keys."
+        )
+    return federated_value(np.int32(max_key), SERVER)

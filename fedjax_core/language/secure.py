@@ -71,7 +71,8 @@ def federated_secure_sum(
     for low, high in zip(lower, upper, strict=True):
         if low > high:
             raise ArgumentError(
-                f"{what}: expected max_input to be at least min_input, got {high} and {low}."
+                f"{what}: expected max_input to be at least min_input, got {high} and {low}; "
+                "exchange the two."
             )
     return _secure_sum(value, what, name, report_clipped, lower=lower, upper=upper)
 
@@ -96,7 +97,10 @@ def federated_secure_sum_bitwidth(
     value = _integers(value, what)
     widths = _constants(bitwidth, value, f"{what}: bitwidth")
     if any(not 1 <= width <= 62 for width in widths):
-        raise ArgumentError(f"{what}: expected a bitwidth from 1 to 62, got {bitwidth!r}.")
+        raise ArgumentError(
+            f"{what}: expected a bitwidth from 1 to 62, got {bitwidth!r}; quantise to fewer bits, "
+            "or clip to bounds with federated_secure_sum."
+        )
     upper = tuple((1 << width) - 1 for width in widths)
     lower = (0,) * len(widths)
     return _secure_sum(value, what, name, report_clipped, lower=lower, upper=upper)
@@ -125,7 +129,7 @@ def federated_secure_modular_sum(value: Any, modulus: Any, *, name: str = "value
         if not 1 <= m <= min(np.iinfo(leaf.dtype).max, (1 << 31) - 1):
             raise ArgumentError(
                 f"{what}: expected a modulus from 1 to the largest {leaf.dtype} of at most 31 "
-                f"bits, got {m}."
+                f"bits, got {m}; pass a positive int that the values' dtype holds."
             )
     upper = tuple(m - 1 for m in moduli)
     lower = (0,) * len(moduli)
@@ -151,7 +155,7 @@ def _constants(bound: Any, value: Value, what: str) -> tuple[int, ...]:
         if not _is_int(x):
             raise FederatedTypeError(
                 f"{what}: expected one constant int, or one for each leaf of "
-                f"{value.type_signature}, got {bound!r}."
+                f"{value.type_signature}, got {bound!r}; pass Python ints."
             )
     return tuple(int(x) for x in given)
 
@@ -163,7 +167,7 @@ def _leaves_like(bound: Any, template: Any, what: str) -> list[Any]:
     if jax.tree.structure(bound) != jax.tree.structure(template):
         raise FederatedTypeError(
             f"{what}: expected one constant int, or a struct of ints like "
-            f"{inference.infer_type(template)}, got {bound!r}."
+            f"{inference.infer_type(template)}, got {bound!r}; give it that structure."
         )
     return leaves
 

@@ -14,13 +14,29 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from fedjax_core.errors import ContextError, FederatedTypeError, FedjaxError, PlacementError
 from fedjax_core.language import inference, types
+from fedjax_core.language.checks import check_fits
 from fedjax_core.language.feeding import to_member
 from fedjax_core.language.placements import Placement
 from fedjax_core.language.program import Apply, Broadcast, Constant, Count, Get, Op, Zip
 from fedjax_core.language.types import FederatedType, FunctionType, StructType, Type
+
+
+class FieldError(FederatedTypeError, AttributeError, IndexError):
+    """A field that a struct does not have, by name or by index."""
+
+
+class CallError(FederatedTypeError, SyntaxError):
+    """A call of a value that is no function."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.msg = message  # what a SyntaxError prints
+
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _THREAD = threading.local()
@@ -56,41 +72,80 @@ class Value:
         return iter([self._field(i) for i in range(len(self))])
 
     def _field(self, key: str | int) -> "Value":
-        return get(self, self._struct(key).position(key))
+        return get(self, _position_of_field(self, key))
 
-    def _struct(self, key: Any = None) -> StructType:
+    def _struct(self) -> StructType:
         member = member_of(self.type_signature)
         if isinstance(member, StructType):
             return member
-        wanted = "" if key is None else f" with a field {key!r}"
-        error = AttributeError if isinstance(key, str) else FederatedTypeError
-        raise error(
-            f"Expected a struct{wanted}, got a value of type {self.type_signature}; compute with "
-            "it in federated_map."
+        raise _located(
+            FederatedTypeError,
+            f"Expected a struct to take apart, got a value of type {self.type_signature}; compute "
+            "with it in federated_map.",
         )
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise FederatedTypeError(
-            f"A value of type {self.type_signature} cannot be computed with here: the body of a "
-            "federated computation only describes where values go. Put the arithmetic or the test "
-            "into a function, and apply it with federated_map."
+        raise _located(
+            FederatedTypeError,
+            f"Expected an operator for a value of type {self.type_signature}, got Python's own "
+            "arithmetic, test or conversion: the body of a federated computation only describes "
+            "where values go. Put it into a function, and apply that with federated_map.",
         )
+
+    def __format__(self, spec: str) -> str:
+        return self._refuse() if spec else repr(self)
 
     def __call__(self, *args: Any) -> "Value":
         """Calls a function that is a parameter."""
         if not isinstance(self.type_signature, FunctionType):
-            raise SyntaxError(
-                f"A value of type {self.type_signature} is no function and cannot be called."
+            raise _located(
+                CallError,
+                f"Expected a function to call, got a value of type {self.type_signature}; make it "
+                "a parameter whose type is a FunctionType, or leave out the call.",
             )
-        return apply_function(self, args)
+        return _call(self, args)
 
     __invert__ = __rpow__ = __rmatmul__ = __rfloordiv__ = __rmod__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __neg__ = __abs__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __mod__ = __pow__ = __matmul__ = _refuse
+    __divmod__ = __rdivmod__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
+    __rand__ = __ror__ = __rxor__ = __round__ = __complex__ = _refuse
+    __array__ = _refuse  # np.sum(value)
     __lt__ = __le__ = __gt__ = __ge__ = __and__ = __or__ = __xor__ = _refuse
     __setitem__ = __contains__ = __eq__ = __ne__ = _refuse
     __hash__ = object.__hash__
+
+
+def _position_of_field(value: Value, key: Any) -> int:
+    """The position of the field `key`; names what there is if there is no such field."""
+    t = member_of(value.type_signature)
+    if not isinstance(t, StructType):
+        raise _located(
+            FieldError,
+            f"Expected a struct with a field {key!r}, got a value of type {value.type_signature}; "
+            "compute with it in federated_map.",
+        )
+    if isinstance(key, Value):
+        key._refuse()
+    names = [name for name in t.names() if name is not None]
+    is_position = isinstance(key, int) and 0 <= key < len(t.elements)
+    if is_position or (isinstance(key, str) and key in names):
+        return t.position(key)
+    fields = f"one of the fields {names}, or " if names else ""
+    raise _located(
+        FieldError,
+        f"Expected {fields}an index from 0 to {len(t.elements) - 1} into {value.type_signature}, "
+        f"got {key!r}; take the field by its name or position.",
+    )
+
+
+def _located(kind: type[FedjaxError], message: str, where: str = "") -> FedjaxError:
+    """An error that names the line of the user's code."""
+    where = where or location()
+    error = kind(f"{message} ({where})" if where else message)
+    error.__dict__["_is_located"] = True
+    return error
 
 
 class Builder:
@@ -173,10 +228,14 @@ def _is_inside(filename: str) -> bool:
     return os.path.realpath(filename).startswith(_ROOTS) or filename.startswith("<frozen")
 
 
-# The package's own folder, and those that its subpackages are linked to.
+# The package's own folder, those that its subpackages are linked to, and of those that call back.
 _ROOTS = tuple(
-    os.path.realpath(os.path.join(_PACKAGE, name)) + os.sep
-    for name in ("", "algorithms", "compression")
+    os.path.realpath(folder) + os.sep
+    for folder in (
+        *(os.path.join(_PACKAGE, name) for name in ("", "algorithms", "compression")),
+        os.path.dirname(jax.__file__),
+        os.path.dirname(np.__file__),
+    )
 )
 
 
@@ -203,10 +262,34 @@ def _locate(error: Exception, name: str) -> None:
         return
     where = location()
     if isinstance(error, FedjaxError) and where:
-        error.args = (f"{error.args[0]} ({where})", *error.args[1:])
+        is_named = not name.startswith("federated_") or name in str(error.args[0])
+        source = where if is_named else f"{name}, {where}"
+        error.args = (f"{error.args[0]} ({source})", *error.args[1:])
     else:
         error.add_note(f"In {name.lstrip('_')}, called at {where or 'an unknown place'}.")
     error.__dict__["_is_located"] = True
+
+
+def explain(error: TypeError, name: str) -> None:
+    """Raises an error that says more where JAX was given a value of a body to compute with."""
+    if not isinstance(error, FedjaxError) and f"{Value.__module__}.{Value.__name__}" in str(error):
+        raise _located(
+            FederatedTypeError,
+            f"`{name}`: expected arrays in a JAX function, got a value of the body of a federated "
+            "computation; put the function into federated_map, with the value as its argument.",
+            _raised_at(error),
+        ) from error
+
+
+def _raised_at(error: Exception) -> str:
+    """`file:line` of the user's code that raised the error, or called what raised it."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        if not _is_inside(filename):
+            where = f"{os.path.basename(filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where
 
 
 def member_of(t: Type) -> Type:
@@ -242,11 +325,18 @@ def zip_values(tree: Any, what: str) -> Value:
         return tree
     leaves, container = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Value))
     if not leaves:
-        raise FederatedTypeError(f"{what}: expected at least one placed value, got {tree!r}.")
-    if not any(isinstance(leaf, Value) for leaf in leaves):
         raise FederatedTypeError(
-            f"{what}: expected placed values, got {tree!r}; place a constant with federated_value."
+            f"{what}: expected at least one placed value, got {tree!r}; pass some, or place an "
+            "empty struct with federated_value."
         )
+    if not any(isinstance(leaf, Value) for leaf in leaves):
+        is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        remedy = (
+            "call operators outside of local functions"
+            if is_traced
+            else ("place a constant with federated_value")
+        )
+        raise PlacementError(f"{what}: expected placed values, got {tree!r}; {remedy}.")
     unplaced = [x for x in leaves if not isinstance(x, Value) or not is_placed(x)]
     if not unplaced:
         return _zip_placed(leaves, container, what)
@@ -313,17 +403,25 @@ def apply_function(function: Value, args: tuple[Any, ...]) -> Value:
     values = tuple(arg if isinstance(arg, Value) else zip_values(arg, what) for arg in args)
     expected = parameters_of(t, len(values))
     if len(expected) != len(values):
-        raise FederatedTypeError(f"{what}: expected {len(expected)} arguments, got {len(values)}.")
+        raise FederatedTypeError(
+            f"{what}: expected {len(expected)} arguments, got {len(values)}; pass one for each "
+            "parameter."
+        )
     is_mapped = not t.contains(FederatedType) and any(is_placed(value) for value in values)
     for position, (wanted, value) in enumerate(zip(expected, values, strict=True)):
         given = value.type_signature
         given = member_of(given) if is_mapped else given
-        wanted.check_assignable_from(given, f"argument {position} of {what}")
+        check_fits(wanted, given, f"argument {position} of {what}")
     result = t.result
     if is_mapped:
         result = FederatedType(t.result, common_placement(values, what))
     inputs = tuple(position_of(value, builder, what) for value in (function, *values))
     return builder.add(Apply(type=result, inputs=inputs, location=location()))
+
+
+@operator
+def _call(function: Value, args: tuple[Any, ...]) -> Value:
+    return apply_function(function, args)
 
 
 def parameters_of(t: FunctionType, num_args: int) -> tuple[Type, ...]:

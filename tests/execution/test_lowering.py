@@ -144,7 +144,7 @@ def test_zero_clients(execution):
     def everything(x, scale):
         scaled = fc.federated_map(jnp.multiply, x, fc.federated_broadcast(scale))
         zero = np.full(3, 7, np.float32)
-        fold = fc.federated_aggregate(x, zero, jnp.add, jnp.add, lambda total: total)
+        fold = fc.federated_aggregate(x, zero, jnp.maximum, jnp.maximum, lambda total: total)
         return fc.federated_sum(x), fc.federated_mean(x), fc.federated_count(), fold, scaled
 
     nobody = clients(np.zeros((0, 3), np.float32))

@@ -39,6 +39,7 @@ PARAMETERS = {
     "rows": fc.FederatedType(fc.SequenceType({"row": (np.float32, [SIZE])}), fc.CLIENTS),
     "server": fc.FederatedType((np.float32, [SIZE]), fc.SERVER),
     "key": fc.FederatedType(KEY, fc.SERVER),
+    "scale": fc.TensorType(np.float32),
 }
 
 
@@ -58,6 +59,7 @@ class Arguments(NamedTuple):
     rows: Any
     server: Any
     key: Any
+    scale: Any
 
 
 class Drawn:
@@ -142,6 +144,52 @@ class Drawn:
         average = fc.federated_broadcast(self.server[-1])
         self.clients.append(fc.federated_map(lambda x, m: to_grid(x - m), x, average))
 
+    def extremes(self) -> None:
+        extreme = self.pick([fc.federated_min, fc.federated_max])
+        self.keep(extreme(self.pick(self.clients), present=self.presence()))
+        self.results.append(extreme(self.args.count))
+
+    def secure_sums(self) -> None:
+        count = self.args.count
+        self.results.append(fc.federated_secure_sum(count, 2, min_input=1, report_clipped=True))
+        self.results.append(fc.federated_secure_modular_sum({"n": count}, {"n": 5}))
+        self.results.append(fc.federated_secure_sum_bitwidth(count, 4))
+
+    def collect(self) -> None:
+        """A fold that depends on the order of the clients."""
+        rows = fc.federated_collect(self.pick(self.clients))
+        zero = np.zeros(SIZE, np.float32)
+        self.keep(fc.sequence_reduce(rows, zero, lambda total, x: to_grid(total / 2 + x)))
+
+    def select(self) -> None:
+        source, count = self.pick(self.server), self.args.count
+        keys = fc.federated_map(lambda n: jnp.stack([n, 2 * n - 1]), count)  # some out of range
+        parts = fc.federated_select(keys, SIZE, source, lambda x, i: jnp.roll(x, i))
+        self.clients.append(fc.federated_map(to_grid, fc.sequence_sum(parts)))
+
+    def evaluate(self) -> None:
+        row = fc.federated_eval(lambda: jnp.arange(SIZE, dtype=jnp.float32) / 4, fc.CLIENTS)
+        self.clients.append(row)
+
+    def place(self) -> None:
+        placement = self.pick([fc.CLIENTS, fc.SERVER])
+        scale = fc.federated_value(self.args.scale, placement)
+        values = self.clients if placement is fc.CLIENTS else self.server
+        values.append(fc.federated_map(lambda x, s: to_grid(s * x), self.pick(values), scale))
+        self.results.append(self.args.scale)
+
+    def sequences(self) -> None:
+        rows = fc.sequence_map(lambda row: to_grid(row["row"] / 2), self.args.rows)
+        self.clients.append(fc.federated_map(to_grid, fc.sequence_sum(rows)))
+
+        def scan(rows: fc.Sequence) -> jax.Array:
+            last, outputs = rows.batch(2).scan(
+                jnp.zeros(SIZE), lambda c, b: (to_grid(c / 2 + b.examples.sum(0)), b.mask.sum())
+            )
+            return last + outputs.sum()
+
+        self.clients.append(fc.federated_map(lambda rows: to_grid(scan(rows)), rows))
+
     def count(self) -> None:
         self.results.append(fc.federated_count(self.presence()))
 
@@ -184,17 +232,24 @@ class Drawn:
             self.centre,
             self.count,
             self.aggregate,
+            self.extremes,
+            self.secure_sums,
+            self.collect,
+            self.select,
+            self.evaluate,
+            self.place,
+            self.sequences,
             self.send_up,
             self.send_down,
         ]
-        for step in self.draw(st.lists(st.sampled_from(steps), min_size=3, max_size=8)):
+        for step in self.draw(st.lists(st.sampled_from(steps), min_size=3, max_size=6)):
             step()
         return [*self.results, self.server[-1], *self.clients]
 
 
 def draw_program(draw: Any) -> fc.Computation:
-    def body(x, weight, count, present, uid, rows, server, key):
-        return Drawn(draw, Arguments(x, weight, count, present, uid, rows, server, key)).run()
+    def body(x, weight, count, present, uid, rows, server, key, scale):
+        return Drawn(draw, Arguments(x, weight, count, present, uid, rows, server, key, scale)).run()
 
     return fc.federated_computation(body, *PARAMETERS.values())
 
@@ -214,7 +269,7 @@ def draw_rows(rng: np.random.Generator, num_clients: int, is_packed: bool) -> fc
     return fc.Sequence({"row": row}, start, length, capacity, packed=is_packed)
 
 
-def draw_arguments(draw: Any, num_clients: int, valid: np.ndarray) -> list[fc.Federated]:
+def draw_arguments(draw: Any, num_clients: int, valid: np.ndarray) -> list[Any]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     x = rng.integers(-8, 9, (num_clients, SIZE)).astype(np.float32) / 4
     x[~valid] = np.nan
@@ -227,9 +282,10 @@ def draw_arguments(draw: Any, num_clients: int, valid: np.ndarray) -> list[fc.Fe
         rows=draw_rows(rng, num_clients, draw(st.booleans())),
         server=rng.integers(-8, 9, SIZE).astype(np.float32) / 4,
         key=jax.random.key(3),
+        scale=np.float32(rng.integers(-4, 5) / 4),
     )
     return [
-        fc.Federated(value, t.placement)
+        fc.Federated(value, t.placement) if isinstance(t, fc.FederatedType) else value
         for value, t in zip(clients, PARAMETERS.values(), strict=True)
     ]
 
@@ -240,12 +296,13 @@ def rows_of(result: Any, valid: np.ndarray) -> list[np.ndarray]:
     return [
         np.asarray(x)[valid if has_clients_axis(leaf) else ...]
         for leaf in leaves
-        for x in jax.tree.leaves(leaf.value)
+        for x in jax.tree.leaves(leaf)
     ]
 
 
-def has_clients_axis(value: fc.Federated) -> bool:
-    return value.placement is fc.CLIENTS and not value.all_equal
+def has_clients_axis(value: Any) -> bool:
+    is_federated = isinstance(value, fc.Federated)
+    return is_federated and value.placement is fc.CLIENTS and not value.all_equal
 
 
 # Without shrinking, which would compile programs for minutes: a failing program is printed whole.

@@ -1,0 +1,63 @@
+"""One level of a pytree: the fields of a container, and the container without them."""
+
+from collections import OrderedDict
+from typing import Any
+
+import jax
+
+from fedjax_core.errors import FederatedTypeError
+from fedjax_core.language.base_types import shorten
+
+
+def one_level(tree: Any) -> tuple[list[tuple[str | None, Any]], Any]:
+    """The children of a pytree node as `(name or None, child)`, and its one-level `PyTreeDef`.
+
+    A field has a name where JAX knows one: the attribute of a dataclass or NamedTuple, or the key
+    of a dict as a string.
+
+    Raises:
+      FederatedTypeError: for a leaf, and for a dict whose keys have no order.
+
+    Examples:
+      >>> one_level({"a": 1, "b": [2, 3]})[0]
+      [('a', 1), ('b', [2, 3])]
+    """
+    try:
+        paths, container = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda y: y is not tree
+        )
+    except ValueError as error:
+        raise FederatedTypeError(
+            f"Expected a pytree, got {shorten(repr(tree))} ({error}); give the keys of a dict one "
+            "type."
+        ) from error
+    if any(not path for path, _ in paths):
+        raise FederatedTypeError(
+            f"Expected a registered pytree or an array, got {shorten(repr(tree))} of type "
+            f"{type(tree).__name__}."
+        )
+    return [(_name_of(path[0]), child) for path, child in paths], container
+
+
+def _name_of(key: Any) -> str | None:
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return key.name
+    if isinstance(key, jax.tree_util.DictKey):
+        return plain_str(key.key) if isinstance(key.key, str) else str(key.key)
+    return None
+
+
+def plain_str(name: str) -> str:
+    """`name` as an instance of `str` itself: subclasses have representations of their own."""
+    return str.__str__(name)
+
+
+def default_container(names: list[str | None]) -> Any:
+    """The container of a struct that was given none: an OrderedDict if all have names, or a tuple.
+
+    Args:
+      names: of the fields, None for one without.
+    """
+    if names and None not in names:
+        return jax.tree.structure(OrderedDict.fromkeys(names, 0))
+    return jax.tree.structure((0,) * len(names))
