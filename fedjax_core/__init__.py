@@ -10,12 +10,16 @@ from fedjax_core import aggregators as aggregators
 from fedjax_core import algorithms as algorithms
 from fedjax_core import compression as compression
 from fedjax_core import datasets as datasets
+from fedjax_core import errors as errors
 from fedjax_core import models as models
 from fedjax_core.bits import BitCount as BitCount
 from fedjax_core.bits import format_bits as format_bits
 from fedjax_core.execution.computation import Computation as Computation
 from fedjax_core.execution.computation import federated_computation as federated_computation
 from fedjax_core.execution.config import Execution as Execution
+from fedjax_core.execution.transforms import grad as grad
+from fedjax_core.execution.transforms import value_and_grad as value_and_grad
+from fedjax_core.execution.transforms import vmap as vmap
 from fedjax_core.language.analysis import communication as communication
 from fedjax_core.language.inference import infer_type as infer_type
 from fedjax_core.language.jax_computations import jax_computation as jax_computation
@@ -56,6 +60,7 @@ from fedjax_core.language.types import TensorType as TensorType
 from fedjax_core.language.types import Type as Type
 from fedjax_core.language.types import to_type as to_type
 from fedjax_core.language.values import Federated as Federated
+from fedjax_core.language.sequences import Batch as Batch
 from fedjax_core.language.values import Sequence as Sequence
 from fedjax_core.learning.checkpoints import load as load
 from fedjax_core.learning.checkpoints import save as save

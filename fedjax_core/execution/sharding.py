@@ -105,9 +105,7 @@ def _prepare(
         i: jax.tree.map(server, x) if is_uniform(program.ops[i]) else _map_parts(client, server, x)
         for i, x in values.items()
     }
-    if size > valid.shape[0]:
-        padding = jnp.zeros(size - valid.shape[0], bool)
-        valid = jnp.concatenate([_replicated(valid, mesh), padding])
+    valid = _extended(valid, jnp.zeros(size - valid.shape[0], bool), mesh)
     return placed, _place(valid, mesh, at_clients)
 
 
@@ -137,8 +135,17 @@ def _padded(x: Any, size: int, mesh: Mesh) -> Any:
     x = jnp.asarray(x)
     if not num_clients:
         return jnp.zeros((size, *x.shape[1:]), x.dtype)
-    x = _replicated(x, mesh)
-    return jnp.concatenate([x, jnp.broadcast_to(x[-1:], (size - num_clients, *x.shape[1:]))])
+    last = _replicated(x, mesh)[-1:]
+    return _extended(x, jnp.broadcast_to(last, (size - num_clients, *x.shape[1:])), mesh)
+
+
+def _extended(x: Any, rows: jax.Array, mesh: Mesh) -> Any:
+    """`x` with more rows."""
+    if not rows.shape[0]:
+        return x
+    longer = jnp.concatenate([_replicated(x, mesh), rows])
+    # Left to itself, XLA moves the rows between the devices with collectives.
+    return jax.device_put(longer, NamedSharding(mesh, P())) if isinstance(x, Tracer) else longer
 
 
 def _unpadded(value: Any, num_clients: int, mesh: Mesh) -> Any:

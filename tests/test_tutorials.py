@@ -1,0 +1,187 @@
+"""The tutorials' code runs, block by block, and prints what is shown under it.
+
+`PYTHONPATH=. python tests/test_tutorials.py` runs them and writes what they print into them anew.
+"""
+
+import contextlib
+import io
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "tutorials"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.md"))
+BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<shown>.*?)```)?", re.DOTALL)
+NUMBER = re.compile(r"(-?\d+\.\d+)")
+
+
+class Block(NamedTuple):
+    """Code of a tutorial, what is shown under it (None for nothing), and what it prints."""
+
+    match: re.Match[str]
+    shown: str | None
+    printed: str
+
+
+def run(text: str, namespace: dict[str, Any]) -> Iterator[Block]:
+    """Executes the blocks of a tutorial in one namespace."""
+    for match in BLOCK.finditer(text):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(match["code"], "tutorial.py", "exec"), namespace)
+        printed = "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+        yield Block(match, match["shown"], printed)
+
+
+def is_same(shown: str, printed: str) -> bool:
+    """Whether two texts are equal, decimal numbers up to a unit of the last digit shown."""
+    ours, theirs = NUMBER.split(shown), NUMBER.split(printed)
+    if ours[::2] != theirs[::2]:
+        return False
+    pairs = zip(ours[1::2], theirs[1::2], strict=True)
+    return all(abs(float(a) - float(b)) <= 1.01 * 10.0 ** -len(a.split(".")[1]) for a, b in pairs)
+
+
+def rewritten(text: str) -> str:
+    """The tutorial with what its blocks print now, where that is not what it shows."""
+    pieces, end = [], 0
+    for match, shown, printed in run(text, {}):
+        if shown is not None and not is_same(shown, printed):
+            pieces += [text[end : match.start("shown")], printed]
+            end = match.end("shown")
+    return "".join([*pieces, text[end:]])
+
+
+class Tutorial(NamedTuple):
+    """A tutorial that has been executed."""
+
+    blocks: list[Block]
+    namespace: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def tutorials(tmp_path_factory):
+    """Every tutorial, executed once."""
+    # A reader's JAX promotes ranks; the tests' does not.
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
+        patch.setenv("FEDJAX_CORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        executed = {}
+        for name in NAMES:
+            namespace: dict[str, Any] = {}
+            text = (FOLDER / f"{name}.md").read_text()
+            executed[name] = Tutorial(list(run(text, namespace)), namespace)
+        yield executed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tutorial_prints_what_it_shows(tutorials, name):
+    for block in tutorials[name].blocks:
+        shown = block.shown or ""
+        assert is_same(shown, block.printed), f"{block.match['code']}\n{block.printed}!=\n{shown}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_of_a_tutorial_lead_somewhere(name):
+    prose = BLOCK.sub("", (FOLDER / f"{name}.md").read_text())
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        assert (FOLDER / target).exists(), target
+
+
+# What the expressions of TFF's tutorial evaluate to, in its order.
+TFF_SHOWS = (
+    "Hello, World!",
+    "float32",
+    "CLIENTS",
+    "{float32}@CLIENTS",
+    "False",
+    "float32@CLIENTS",
+    "<a=float32,b=float32>",
+    "<a=float32,b=float32>@CLIENTS",
+    "({float32}@CLIENTS -> float32@SERVER)",
+    "69.53333",
+    "(float32 -> float32)",
+    "({float32}@CLIENTS -> {float32}@CLIENTS)",
+    "[np.float32(1.5), np.float32(3.5), np.float32(2.5)]",
+    "15.0",
+    "float32*",
+    "(float32* -> float32)",
+    "6",
+    "(<A=int32,B=int32>* -> int32)",
+    "26",
+    "({float32*}@CLIENTS -> float32@SERVER)",
+    "70.0",
+)
+
+
+@pytest.mark.parametrize("expected", TFF_SHOWS)
+def test_every_result_of_tff_is_shown(expected):
+    text = (FOLDER / "federated_core.md").read_text()
+    outputs = [match["shown"] or "" for match in BLOCK.finditer(text)]
+    assert expected in [line for output in outputs for line in output.split("\n")]
+
+
+def test_the_temperatures_are_right(tutorials):
+    names = tutorials["federated_core"].namespace
+    readings = [[68.0, 70.0], [71.0], [68.0, 72.0, 70.0]]
+    means = [float(np.mean(x)) for x in readings]
+    assert names["get_global_temperature_average"](readings) == pytest.approx(np.mean(means))
+    average = names["get_average_of_all_readings"]([*readings, []])
+    assert average == pytest.approx(np.mean(np.concatenate(readings)))
+    assert names["get_average_temperature"]([68.5, 70.3, 69.8]) == pytest.approx(208.6 / 3)
+    assert names["get_fraction_over"]([68.5, 70.3, 69.8, 71.2], 70.0) == 2 / 4
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def train_with_numpy(model: dict[str, np.ndarray], rate: float, data: Any) -> dict[str, np.ndarray]:
+    """SGD over the batches of one client, in float64."""
+    weights, bias = (np.asarray(model[name], np.float64) for name in ("weights", "bias"))
+    for start in range(0, len(data["y"]), 20):
+        x, y = (data[name][start : start + 20] for name in "xy")
+        error = (np.exp(log_softmax(x @ weights + bias)) - np.eye(10)[y]) / len(y)
+        weights, bias = weights - rate * x.T @ error, bias - rate * error.sum(axis=0)
+    return {"weights": weights, "bias": bias}
+
+
+def test_a_round_by_hand_is_that_of_numpy(tutorials):
+    names = tutorials["fed_avg_by_hand"].namespace
+    model, data = names["initial_model"], names["federated_train_data"]
+    trained = names["federated_train"](model, 0.01, data)
+    by_client = [train_with_numpy(model, 0.01, client) for client in data]
+    for name in model:
+        expected = np.mean([client[name] for client in by_client], axis=0)
+        np.testing.assert_allclose(trained[name], expected, atol=1e-6)
+
+
+def test_training_by_hand_learns(tutorials):
+    names = tutorials["fed_avg_by_hand"].namespace
+    losses = np.array(names["train_losses"])
+    assert np.all(np.diff(losses) < 0)
+    # All ten digits, of which each client has seen one: a guess is right one time in ten.
+    assert names["accuracy"] > 0.8
+
+
+def test_rewriting_replaces_what_differs_alone():
+    text = "```python\nprint(1.25, 'a')\n```\n\n```text\n{}```\nEnd.\n"
+    same, new = text.format("1.26 a\n"), text.format("1.25 a\n")
+    assert rewritten(same) == same
+    assert rewritten(text.format("1.25 b\n")) == new == rewritten(text.format(""))
+
+
+def test_numbers_may_differ_in_the_last_digit_only():
+    assert is_same("loss 1.25 of {float32}", "loss 1.26 of {float32}")
+    assert not is_same("loss 1.25", "loss 1.27")
+    assert not is_same("float32[2]", "float32[3]")
+
+
+if __name__ == "__main__":
+    for name in NAMES:
+        path = FOLDER / f"{name}.md"
+        path.write_text(rewritten(path.read_text()))
