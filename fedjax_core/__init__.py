@@ -23,6 +23,7 @@ from fedjax_core.execution.transforms import vmap as vmap
 from fedjax_core.language.analysis import communication as communication
 from fedjax_core.language.inference import infer_type as infer_type
 from fedjax_core.language.jax_computations import jax_computation as jax_computation
+from fedjax_core.language.notation import parse_type as parse_type
 from fedjax_core.language.operators import federated_aggregate as federated_aggregate
 from fedjax_core.language.operators import federated_broadcast as federated_broadcast
 from fedjax_core.language.operators import federated_collect as federated_collect
@@ -50,6 +51,7 @@ from fedjax_core.language.secure import (
 from fedjax_core.language.sequence_operators import sequence_map as sequence_map
 from fedjax_core.language.sequence_operators import sequence_reduce as sequence_reduce
 from fedjax_core.language.sequence_operators import sequence_sum as sequence_sum
+from fedjax_core.language.sequences import Batch as Batch
 from fedjax_core.language.types import AbstractType as AbstractType
 from fedjax_core.language.types import FederatedType as FederatedType
 from fedjax_core.language.types import FunctionType as FunctionType
@@ -60,7 +62,6 @@ from fedjax_core.language.types import TensorType as TensorType
 from fedjax_core.language.types import Type as Type
 from fedjax_core.language.types import to_type as to_type
 from fedjax_core.language.values import Federated as Federated
-from fedjax_core.language.sequences import Batch as Batch
 from fedjax_core.language.values import Sequence as Sequence
 from fedjax_core.learning.checkpoints import load as load
 from fedjax_core.learning.checkpoints import save as save

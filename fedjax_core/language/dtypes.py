@@ -44,6 +44,11 @@ def _numeric_dtypes() -> Mapping[str, np.dtype]:
 
 
 @functools.cache
+def _canonical_dtypes() -> frozenset[np.dtype]:
+    return frozenset(_numeric_dtypes().values())
+
+
+@functools.cache
 def known_dtypes() -> Mapping[str, Any]:
     """All dtypes that a tensor can have, by the name that types print."""
     keys = {}
@@ -73,13 +78,15 @@ def as_dtype(dtype: Any) -> Any:
       >>> as_dtype(">i4"), as_dtype(np.bytes_)
       (dtype('int32'), dtype('<U'))
     """
+    if isinstance(dtype, np.dtype) and dtype in _canonical_dtypes():
+        return dtype
     if is_extended_dtype(dtype):
         return dtype
     converted = _as_numpy_dtype(dtype)
     if converted.kind in "US":
         return np.dtype(str)
     native = converted if converted.isnative else converted.newbyteorder("=")
-    if _numeric_dtypes().get(native.name) != native:
+    if native not in _canonical_dtypes():
         raise FederatedTypeError(
             f"Expected a dtype that JAX has, got {dtype!r}; convert the values to numbers, such as "
             "np.float32 or np.int32."
@@ -121,6 +128,8 @@ def as_shape(shape: Any) -> Shape:
 
 
 def _as_size(size: Any, position: int) -> int | None:
+    if type(size) is int and 0 <= size <= _MAX_SIZE:
+        return size
     if size is None or export.is_symbolic_dim(size):
         return cast(int | None, size)
     is_int = isinstance(size, int | np.integer) and not isinstance(size, bool)

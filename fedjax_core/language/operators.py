@@ -126,11 +126,7 @@ def federated_sum(
         return sum_encoded(codec, value, present, name)
     value = placed(value, CLIENTS, "federated_sum")
     member = federated_type_of(value, name).member
-    if not inference.is_sum_compatible(member):
-        raise FederatedTypeError(
-            f"federated_sum: expected numbers of fixed shape, got {value.type_signature}; convert "
-            "them, for example with astype, in federated_map."
-        )
+    _check(inference.why_not_summable(member), value, "federated_sum", "numbers")
     builder = current_builder("federated_sum")
     inputs = (value, *presence(present, "federated_sum"))
     return builder.add(
@@ -142,6 +138,15 @@ def federated_sum(
             location=location(),
         )
     )
+
+
+def _check(reason: str | None, value: Value, what: str, expected: str) -> None:
+    """Raises if there is a reason why values of this type cannot be aggregated."""
+    if reason is not None:
+        raise FederatedTypeError(
+            f"{what}: expected {expected} of fixed shape, got {value.type_signature} ({reason}); "
+            "convert them, for example with astype, in federated_map."
+        )
 
 
 @operator
@@ -182,11 +187,8 @@ def federated_mean(
     """
     value = placed(value, CLIENTS, "federated_mean")
     member = federated_type_of(value, name).member
-    if not inference.is_average_compatible(member):
-        raise FederatedTypeError(
-            f"federated_mean: expected floating-point numbers, got {value.type_signature}; convert "
-            "them in federated_map."
-        )
+    reason = inference.why_not_averageable(member)
+    _check(reason, value, "federated_mean", "floating-point numbers")
     if weight is None:
         total = federated_sum(value, codec=codec, present=present, name=name)
         return federated_map(divide, total, federated_count(present))
@@ -352,11 +354,7 @@ def _extreme(value: Any, present: Value | None, name: str, is_max: bool) -> Valu
     builder = current_builder(what)
     value = placed(value, CLIENTS, what)
     member = federated_type_of(value, what).member
-    if not inference.is_min_max_compatible(member):
-        raise FederatedTypeError(
-            f"{what}: expected real numbers of fixed shape, got {value.type_signature}; convert "
-            "them in federated_map."
-        )
+    _check(inference.why_not_orderable(member), value, what, "real numbers")
     inputs = (value, *presence(present, what))
     return builder.add(
         Extreme(

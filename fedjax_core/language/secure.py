@@ -138,10 +138,11 @@ def federated_secure_modular_sum(value: Any, modulus: Any, *, name: str = "value
 
 def _integers(value: Any, what: str) -> Value:
     value = placed(value, CLIENTS, what)
-    if not inference.is_integer_compatible(federated_type_of(value, what).member):
+    reason = inference.why_not_integers(federated_type_of(value, what).member)
+    if reason is not None:
         raise FederatedTypeError(
-            f"{what}: expected integers of fixed shape, got {value.type_signature}; quantise them "
-            "in federated_map first."
+            f"{what}: expected integers of fixed shape, got {value.type_signature} ({reason}); "
+            "quantise them in federated_map first."
         )
     return value
 

@@ -176,13 +176,15 @@ def _other_length(target: StructType, source: StructType) -> Misfit:
 
 
 def _check_distinct(names: list[str | None]) -> None:
-    counts = Counter(name for name in names if name is not None)
+    given = [name for name in names if name is not None]
+    if len(set(given)) == len(given):
+        return
+    counts = Counter(given)
     repeated = sorted(name for name, count in counts.items() if count > 1)
-    if repeated:
-        raise FederatedTypeError(
-            f"Expected different names for the fields of a struct, got {repeated} more than "
-            "once; rename them."
-        )
+    raise FederatedTypeError(
+        f"Expected different names for the fields of a struct, got {repeated} more than once; "
+        "rename them."
+    )
 
 
 def _as_field(element: Any) -> tuple[str | None, Type]:

@@ -17,7 +17,7 @@ one, `{T}@P` takes `T@P`, parameters of functions are contravariant.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -52,6 +52,10 @@ class SequenceType(Type):
     """
 
     element: Type
+
+    if TYPE_CHECKING:  # what is no type is converted
+
+        def __init__(self, element: Any) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "element", to_type(self.element))
@@ -97,6 +101,12 @@ class FederatedType(Type):
     member: Type
     placement: Placement
     all_equal: bool = cast(bool, None)
+
+    if TYPE_CHECKING:  # what is no type is converted
+
+        def __init__(
+            self, member: Any, placement: Placement, all_equal: bool | None = None
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.placement, Placement):
@@ -148,6 +158,10 @@ class FunctionType(Type):
 
     parameter: Type | None
     result: Type
+
+    if TYPE_CHECKING:  # what is no type is converted
+
+        def __init__(self, parameter: Any, result: Any) -> None: ...
 
     def __post_init__(self) -> None:
         if self.parameter is not None:
