@@ -17,6 +17,8 @@ from fedjax_core.bits import format_bits as format_bits
 from fedjax_core.execution.computation import Computation as Computation
 from fedjax_core.execution.computation import federated_computation as federated_computation
 from fedjax_core.execution.config import Execution as Execution
+from fedjax_core.execution.export import export as export
+from fedjax_core.execution.mapreduce import map_reduce_form as map_reduce_form
 from fedjax_core.execution.transforms import grad as grad
 from fedjax_core.execution.transforms import value_and_grad as value_and_grad
 from fedjax_core.execution.transforms import vmap as vmap

@@ -1,10 +1,12 @@
-"""Writing files so that a failure says what to do, and never leaves half a file."""
+"""Files: written whole or not at all, sealed with a checksum, and errors that say what to do."""
 
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import uuid
+from typing import NamedTuple
 
 from fedjax_core.errors import StorageError
 
@@ -70,6 +72,98 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
             if beside is not None:
                 beside.unlink()
         raise unwritable(path, error) from error
+
+
+class SealedKind(NamedTuple):
+    """A kind of file that begins with a line of text: its format, version, SHA-256 of the rest.
+
+    Attributes:
+      format: the first word of the line.
+      version: the second; a file of another version is refused.
+      what: names the kind in errors.
+      writer: names the function that writes it.
+    """
+
+    format: str
+    version: str
+    what: str
+    writer: str
+
+
+CHECKPOINT = SealedKind("fedjax-core", "1", "a checkpoint", "`save`")
+COMPUTATION = SealedKind("fedjax-core-computation", "1", "an exported computation", "`export`")
+
+# Longer than any first line: what is there in a foreign file may have no end.
+_MAX_HEADER = 200
+
+
+def write_sealed(path: pathlib.Path, kind: SealedKind, body: bytes) -> None:
+    """Writes `body` behind the line that seals it, atomically.
+
+    Raises:
+      StorageError: the file cannot be written.
+    """
+    header = f"{kind.format} {kind.version} {hashlib.sha256(body).hexdigest()}\n".encode()
+    write_atomically(path, header + body)
+
+
+def read_sealed(path: pathlib.Path, kind: SealedKind) -> bytes:
+    """What `write_sealed` was given.
+
+    Raises:
+      StorageError: there is no such file, or it is of another kind or version, cut short or
+        altered.
+    """
+    header, _, body = _read(path, f"a file that {kind.writer} wrote").partition(b"\n")
+    fields = header[:_MAX_HEADER].decode("ascii", "replace").split(" ")
+    if len(fields) != 3 or fields[0] != kind.format:
+        raise StorageError(
+            f"expected a file that {kind.writer} wrote, got {path}, which is not; check the path."
+        )
+    if fields[1] != kind.version:
+        raise StorageError(
+            f"expected {kind.what} of version {kind.version}, got version {fields[1]} in {path}; "
+            "read it with the version of the library that wrote it."
+        )
+    if fields[2] != hashlib.sha256(body).hexdigest():
+        raise StorageError(
+            f"expected the bytes that {kind.writer} wrote, got {path} with another checksum: it "
+            "was cut short or altered; use another copy or write it again."
+        )
+    return body
+
+
+def kind_of(path: pathlib.Path, *kinds: SealedKind) -> SealedKind:
+    """Which of some kinds of files this one is, by its first word.
+
+    Raises:
+      StorageError: there is no such file, or it is of none of these kinds.
+    """
+    writers = " or ".join(kind.writer for kind in kinds)
+    start = _read(path, f"a file that {writers} wrote", _MAX_HEADER)
+    found = {kind.format.encode(): kind for kind in kinds}.get(start.partition(b" ")[0])
+    if found is None:
+        raise StorageError(
+            f"expected a file that {writers} wrote, got {path}, which is not; check the path."
+        )
+    return found
+
+
+def unreadable(path: pathlib.Path, kind: SealedKind) -> StorageError:
+    """The error to raise for a file whose checksum fits but whose content does not."""
+    return StorageError(
+        f"expected a file that {kind.writer} wrote, got {path}, whose content is something else; "
+        "use another copy or write it again."
+    )
+
+
+def _read(path: pathlib.Path, what: str, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"expected {what}, got {path} ({reason}); check the path.") from error
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -174,5 +174,6 @@ def _secure_sum(op: SecureSum, members: list[Any]) -> SecureTotal:
             above += int(np.sum(x > op.upper[k]))
             total = total + np.clip(x, op.lower[k], op.upper[k])
         limits = jnp.iinfo(leaf.dtype)
-        totals.append(jnp.asarray(np.clip(total, limits.min, limits.max).astype(leaf.dtype)))
+        held = np.clip(np.asarray(total, object), limits.min, limits.max)
+        totals.append(jnp.asarray(np.asarray(held).astype(leaf.dtype)))
     return SecureTotal(jax.tree.unflatten(tree, totals), jnp.int32(below), jnp.int32(above))

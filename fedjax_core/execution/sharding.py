@@ -144,8 +144,10 @@ def _extended(x: Any, rows: jax.Array, mesh: Mesh) -> Any:
     if not rows.shape[0]:
         return x
     longer = jnp.concatenate([_replicated(x, mesh), rows])
+    if _is_explicit(mesh) or not isinstance(x, Tracer):
+        return longer
     # Left to itself, XLA moves the rows between the devices with collectives.
-    return jax.device_put(longer, NamedSharding(mesh, P())) if isinstance(x, Tracer) else longer
+    return lax.with_sharding_constraint(longer, NamedSharding(mesh, P()))
 
 
 def _unpadded(value: Any, num_clients: int, mesh: Mesh) -> Any:
@@ -177,7 +179,8 @@ def _compiled(program: Program, execution: Execution, num_clients: int) -> Calla
     """The function of values and `valid`, padded, that runs on the mesh."""
     mesh, axis = cast(Mesh, execution.mesh), execution.axis
     lanes = execution.num_lanes(num_clients)
-    detached = _detached(program, mesh)
+    manual = _manual_axes(execution)
+    detached = _detached(program, mesh, manual)
     kept = tuple(i for i in program.results if not _is_string(program.ops[i]))
     at: Any = {i: P() if is_uniform(program.ops[i]) else P(axis) for i in kept}
     everywhere: Any = P()
@@ -192,7 +195,7 @@ def _compiled(program: Program, execution: Execution, num_clients: int) -> Calla
             mesh=mesh,
             in_specs=(_specs(program, values, axis), P(axis)),
             out_specs=Outcome(at, everywhere, everywhere),
-            axis_names=_manual_axes(execution),
+            axis_names=manual,
             check_vma=False,
         )(values, valid)
 
@@ -204,12 +207,12 @@ def _is_string(op: Op) -> bool:
     return isinstance(op, Constant) and not _is_arrays(op.value)
 
 
-def _manual_axes(execution: Execution) -> set[str]:
+def _manual_axes(execution: Execution) -> frozenset[str]:
     """The axes of the clients; all where XLA may not decide on the others."""
     mesh = cast(Mesh, execution.mesh)
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     others = {kind for name, kind in types.items() if name not in execution.axes}
-    return set(execution.axes) if others <= {AxisType.Auto} else set(mesh.axis_names)
+    return frozenset(execution.axes if others <= {AxisType.Auto} else mesh.axis_names)
 
 
 def _specs(program: Program, values: Values, axis: str | tuple[str, ...]) -> Values:
@@ -225,12 +228,14 @@ def _specs(program: Program, values: Values, axis: str | tuple[str, ...]) -> Val
 
 
 @functools.lru_cache(maxsize=256)
-def _detached(program: Program, mesh: Mesh) -> Program:
-    """The program with functions that run on `mesh` even where they capture arrays that live there.
+def _detached(program: Program, mesh: Mesh, axes: frozenset[str]) -> Program:
+    """The program with functions that run on a mesh even where they capture arrays on that mesh.
 
     An outside trace of such a function has the mesh of the array in its types, which those inside
-    of `jax.shard_map` do not fit, so it is traced anew in there; once for each mesh.
+    of `jax.shard_map` do not fit, so it is traced anew in there: once for each `mesh`, and for the
+    `axes` that the map is over.
     """
+    del mesh, axes  # the traces, which the result holds, are theirs
     ops = tuple(_detach_functions(op) for op in program.ops)
     return dataclasses.replace(program, ops=ops)
 

@@ -123,7 +123,8 @@ def _suffix(name: str | None, position: int) -> str:
 
 def _fields_of(value: Any, t: StructType, where: str) -> list[Any]:
     """The children of `value` in the order of the type: by name where both have names."""
-    if not t.elements and (value is None or value in ((), [], {})):
+    is_container = isinstance(value, tuple | list | Mapping)
+    if not t.elements and (value is None or (is_container and not value)):
         return []
     given, _ = types.one_level(value)
     names, by_name = t.names(), dict(given)

@@ -1,12 +1,10 @@
 """Saving and loading states: any pytree of arrays, without pickle.
 
-A file is the leaves by their paths in flax's msgpack, behind a line of text with the format, its
-version and the SHA-256 of the rest. Reading one runs no code from it. The structure is not in the
-file: `load` is given a tree of the same structure, and every leaf is checked against it by path,
-  shape and dtype.
+A file is the leaves by their paths in flax's msgpack, sealed (see `fedjax_core.files`). Reading one
+runs no code from it. The structure is not in the file: `load` is given a tree of the same
+structure, and every leaf is checked against it by path, shape and dtype.
 """
 
-import hashlib
 import pathlib
 from typing import Any
 
@@ -14,11 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.errors import FederatedTypeError, StorageError
-from fedjax_core.files import write_atomically
+from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.execution.loading import load_computation
+from fedjax_core.files import (
+    CHECKPOINT,
+    COMPUTATION,
+    kind_of,
+    read_sealed,
+    unreadable,
+    write_sealed,
+)
 
-_FORMAT = "fedjax-core"
-_VERSION = "1"
+_NOT_GIVEN: Any = object()
 
 # What the file says of a leaf: its dtype (for a key, the generator) and its shape.
 _Description = tuple[str, tuple[int, ...]]
@@ -49,34 +54,52 @@ def save(path: str | pathlib.Path, tree: Any) -> None:
         for at, leaf in _named_leaves(tree)
     }
     body = serialization.msgpack_serialize(leaves)
-    header = f"{_FORMAT} {_VERSION} {hashlib.sha256(body).hexdigest()}\n".encode()
-    write_atomically(pathlib.Path(path), header + body)
+    write_sealed(pathlib.Path(path), CHECKPOINT, body)
 
 
-def load(path: str | pathlib.Path, like: Any) -> Any:
-    """Reads a pytree that `save` wrote.
+def load(path: str | pathlib.Path, like: Any = _NOT_GIVEN) -> Any:
+    """Reads a pytree that `save` wrote, or a computation that `export` wrote.
 
     Args:
       path: the file.
-      like: a tree of the same structure, whose leaves give the expected shapes and dtypes: arrays,
-        ``jax.ShapeDtypeStruct`` (``jax.eval_shape(algorithm.init, key)`` is such a tree), JAX keys,
-        Python numbers.
+      like: for a pytree, a tree of the same structure, whose leaves give the expected shapes and
+        dtypes: arrays, ``jax.ShapeDtypeStruct`` (``jax.eval_shape(algorithm.init, key)`` is such a
+        tree), JAX keys, Python numbers. For a computation it is left out.
 
     Returns:
       The tree; a leaf is a NumPy array or a Python number where `like` has one, else a JAX array.
+      Or the computation, as a `LoadedComputation`.
 
     Raises:
-      StorageError: there is no such file, or it is no checkpoint, cut short or altered.
+      StorageError: there is no such file, or it is of another kind, cut short or altered.
+      ArgumentError: `like` is missing for a pytree, or given for a computation.
       FederatedTypeError: the tree in the file has another structure, shape or dtype than `like`;
         the message names the leaf.
     """
     path = pathlib.Path(path)
+    kind = kind_of(path, CHECKPOINT, COMPUTATION)
+    if kind is COMPUTATION:
+        _check_no_like(path, like)
+        return load_computation(path)
+    if like is _NOT_GIVEN:
+        raise ArgumentError(
+            f"expected an exported computation for load(path), got the pytree that `save` wrote to "
+            f"{path}; pass a tree of the same structure, load(path, like)."
+        )
     found = _read(path)
     leaves = _named_leaves(like)
     wanted = {at: _describe(leaf) for at, leaf in leaves}
     _check_leaves(path, wanted, {at: (x["type"], x["data"].shape) for at, x in found.items()})
     restored = [_as_in(leaf, found[at]["data"]) for at, leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _check_no_like(path: pathlib.Path, like: Any) -> None:
+    if like is not _NOT_GIVEN:
+        raise ArgumentError(
+            f"expected a pytree that `save` wrote for load(path, like), got {path}, an exported "
+            "computation; leave `like` out."
+        )
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -139,20 +162,14 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     """The leaves of a file by their paths, once the checksum fits."""
     from flax import serialization
 
-    try:
-        header, _, body = path.read_bytes().partition(b"\n")
-    except OSError as error:
-        raise StorageError(
-            f"expected a file that `save` wrote, got {path} ({error.strerror}); check the path."
-        ) from error
-    _check_header(path, header, hashlib.sha256(body).hexdigest())
+    body = read_sealed(path, CHECKPOINT)
     try:
         leaves = serialization.msgpack_restore(body)
     # A checksum is no proof of who wrote the file, and the reader raises errors of many kinds.
     except Exception as error:
-        raise _unreadable(path) from error
+        raise unreadable(path, CHECKPOINT) from error
     if not isinstance(leaves, dict) or not all(map(_is_stored_leaf, leaves.values())):
-        raise _unreadable(path)
+        raise unreadable(path, CHECKPOINT)
     return leaves
 
 
@@ -164,31 +181,6 @@ def _is_stored_leaf(value: Any) -> bool:
     if not isinstance(kind, str) or not isinstance(data, np.ndarray):
         return False
     return data.dtype.name == ("uint32" if kind.startswith("key ") else kind)
-
-
-def _unreadable(path: pathlib.Path) -> StorageError:
-    return StorageError(
-        f"expected a file that `save` wrote, got {path}, whose content is something else; use "
-        "another copy or save it again."
-    )
-
-
-def _check_header(path: pathlib.Path, header: bytes, digest: str) -> None:
-    fields = header[:200].decode("ascii", "replace").split(" ")
-    if len(fields) != 3 or fields[0] != _FORMAT:
-        raise StorageError(
-            f"expected a file that `save` wrote, got {path}, which is not; check the path."
-        )
-    if fields[1] != _VERSION:
-        raise StorageError(
-            f"expected a checkpoint of version {_VERSION}, got version {fields[1]} in {path}; read "
-            "it with the version of the library that wrote it."
-        )
-    if fields[2] != digest:
-        raise StorageError(
-            f"expected the bytes that `save` wrote, got {path} with another checksum: it was "
-            "cut short or altered; use another copy or save it again."
-        )
 
 
 def _check_leaves(

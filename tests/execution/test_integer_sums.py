@@ -140,7 +140,7 @@ def modular_sum(value):
 
 def test_modular_sums_of_many_clients():
     values = np.full(40_001, 2**31 - 3, np.int32)
-    columns = {name: values for name in MODULI}
+    columns = dict.fromkeys(MODULI, values)
     result = run(modular_sum, "stacked", columns)
     expected = {name: 40_001 * (2**31 - 3) % m for name, m in MODULI.items()}
     assert {name: int(x) for name, x in result.items()} == expected

@@ -4,21 +4,29 @@ Programs are drawn at random. Their numbers stay on a grid of quarters, on which
 any order, so that rounding in a codec cannot tell one order of summation from another.
 """
 
+import os
+import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 import fedjax_core as fc
 from fedjax_core.compression.edges import PlacedKeys, downlink, uplink
 
+# How many programs are drawn.
+NUM_PROGRAMS = int(os.environ.get("FEDJAX_CORE_NUM_PROGRAMS", "40"))
 SIZE = 5
 KEY = fc.infer_type(jax.random.key(0))
 STACKED = fc.Execution(mode="stacked")
 ONE, *MANY = (fc.Execution(mode="streamed", lanes=lanes) for lanes in (1, 2, 3, 5))
+MESH = jax.make_mesh((4,), ("clients",), axis_types=(AxisType.Auto,))
+SHARDED = [fc.Execution(mesh=MESH, lanes=lanes) for lanes in (1, 2)]
 CODECS = [
     fc.compression.identity(),
     fc.compression.uniform_quantize(8, min_size=2),
@@ -305,24 +313,82 @@ def has_clients_axis(value: Any) -> bool:
     return is_federated and value.placement is fc.CLIENTS and not value.all_equal
 
 
+def only_valid(value: Any, valid: np.ndarray) -> Any:
+    """An argument with the rows of the clients that are valid; a pool is shared by all."""
+    if not has_clients_axis(value):
+        return value
+    rows = value.value
+    if isinstance(rows, fc.Sequence) and rows.packed:
+        start, length = (np.asarray(x)[valid] for x in (rows.start, rows.length))
+        return fc.Federated(
+            fc.Sequence(rows.elements, start, length, rows.capacity, packed=True), fc.CLIENTS
+        )
+    return fc.Federated(jax.tree.map(lambda x: np.asarray(x)[valid], rows), fc.CLIENTS)
+
+
+class Outcome(NamedTuple):
+    """What one way to run a program gives; `rows` are those of clients that count."""
+
+    result: Any
+    bits: Any
+    rows: np.ndarray
+
+
+def lowered(computation: fc.Computation, args: list[Any], valid: np.ndarray, execution: Any) -> Any:
+    run = computation.lower(execution)
+    run = run if execution.mode == "reference" else jax.jit(run)
+    return Outcome(*run(*args, valid=valid), valid)
+
+
+def map_reduced(computation: fc.Computation, args: list[Any], valid: np.ndarray) -> Outcome:
+    """The host loop, which knows nothing of padding."""
+    args = [only_valid(arg, valid) for arg in args]
+    form = fc.map_reduce_form(computation)
+    result, bits = form.run_with_ledger(*args, num_clients=int(valid.sum()), group_size=2)
+    return Outcome(result, bits, np.ones(valid.sum(), bool))
+
+
+def exported(computation: fc.Computation, args: list[Any], valid: np.ndarray) -> Outcome:
+    """Written to a file and read again; an empty cohort is one invalid client there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "program"
+        fc.export(computation, path, platforms=("cpu",))
+        loaded = fc.load(path)
+    result, bits = loaded.call_with_ledger(*args, valid=valid, num_clients=len(valid))
+    return Outcome(result, bits, valid)
+
+
 # Without shrinking, which would compile programs for minutes: a failing program is printed whole.
-@settings(max_examples=20, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(
+    max_examples=NUM_PROGRAMS,
+    deadline=None,
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
 @given(data=st.data())
 def test_all_ways_to_run_a_program_agree(data):
-    """Stacked and streamed, with any number of lanes, equal the reference interpreter."""
+    """Each equals the reference interpreter, with any number of clients and any of them valid."""
     num_clients = data.draw(st.integers(0, 7))
-    has_padding = data.draw(st.booleans())
     mask = data.draw(st.lists(st.booleans(), min_size=num_clients, max_size=num_clients))
-    valid = np.array(mask, bool) if has_padding else np.ones(num_clients, bool)
+    valid = np.array(mask, bool) | data.draw(st.booleans())
     computation = draw_program(data.draw)
     note(str(computation.program))
     args = draw_arguments(data.draw, num_clients, valid)
-    reference = computation.lower(fc.Execution(mode="reference"))
-    expected, expected_bits = reference(*args, valid=valid if has_padding else None)
-    for execution in (STACKED, ONE, data.draw(st.sampled_from(MANY))):
-        run = jax.jit(computation.lower(execution))
-        result, bits = run(*args, valid=valid if has_padding else None)
-        assert [int(b) for b in bits] == [int(b) for b in expected_bits], execution
-        pairs = zip(rows_of(result, valid), rows_of(expected, valid), strict=True)
-        for got, wanted in pairs:
-            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5, err_msg=f"{execution}")
+    many, sharded = data.draw(st.sampled_from(MANY)), data.draw(st.sampled_from(SHARDED))
+    expected = lowered(computation, args, valid, fc.Execution(mode="reference"))
+    outcomes = {
+        str(execution): lowered(computation, args, valid, execution)
+        for execution in (STACKED, ONE, many, sharded)
+    }
+    outcomes["MapReduce"] = map_reduced(computation, args, valid)
+    outcomes["export"] = exported(computation, args, valid)
+    for name, outcome in outcomes.items():
+        check_same(name, outcome, expected)
+
+
+def check_same(name: str, outcome: Outcome, expected: Outcome) -> None:
+    """Exact in the bits, to rounding in the values."""
+    assert [int(b) for b in outcome.bits] == [int(b) for b in expected.bits], name
+    got, wanted = (rows_of(x.result, x.rows) for x in (outcome, expected))
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
