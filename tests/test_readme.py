@@ -6,6 +6,8 @@ import json
 import pathlib
 import re
 
+import numpy as np
+
 import fedjax_core as fc
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,12 +26,13 @@ def output_block(name: str) -> str:
 
 def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDJAX_CORE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     printed, namespace = [], {}
     for block in code_blocks():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(block, "README.md", "exec"), namespace)
         printed.append(out.getvalue())
-    train, edges, temperature, attacked, signs = printed
+    train, edges, temperature, language, attacked, signs = printed
     assert len(train.splitlines()) == 4
     shown = [line.split("  <")[0].rstrip() for line in edges.strip().splitlines()]
     assert shown == [
@@ -37,6 +40,11 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     ]
     assert temperature.splitlines()[0] == "({float32}@CLIENTS -> float32@SERVER)"
     assert temperature.splitlines()[1].startswith("69.5333")
+    # 4, 9 + 4 and 0 over three clients; the derivatives are -4, -6 - 8 and 0.
+    value, gradient, allowed, loaded, looped = language.splitlines()
+    np.testing.assert_allclose([float(x) for x in (value, loaded, looped)], 17 / 3, rtol=1e-6)
+    np.testing.assert_allclose(float(gradient), -6, rtol=1e-6)
+    assert allowed == "('mean', 'secure_sum', 'sum')"
     assert attacked.strip() == "[-0.6 -0.8]"
     # One bit for each parameter, tensors aligned to bytes, 8 scales, and weight and metrics.
     bits = sum(8 * -(-n // 8) for n in (800, 32, 51_200, 64, 1_605_632, 512, 5_120, 10))

@@ -20,6 +20,7 @@ from fedjax_core.aggregators.base import Aggregator
 from fedjax_core.compression.base import Codec
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
+from fedjax_core.execution import sharding
 from fedjax_core.execution.computation import Computation, federated_computation
 from fedjax_core.execution.config import Execution
 from fedjax_core.language import inference, types
@@ -135,7 +136,7 @@ def federated_learning(
         _check_state(expected, state)
         cohort = _select_features(model, cohort)
         _check_cohort(model, cohort)
-        return run_round(state, cohort)
+        return run_round(sharding.replicate(state, execution), cohort)
 
     return Algorithm(init, update, own)
 
