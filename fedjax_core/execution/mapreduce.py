@@ -213,7 +213,9 @@ class MapReduceForm:
         whole = functools.reduce(stage.merge.consume, totals or [self._zero(stage, run)])
         rows = self._stack(number, kept)
         collected = self._collect(number, rows, run.num_clients)
-        run.kept.update(rows)
+        # What is the same at all clients may be collected, but comes from `update` as a result.
+        shared = {self._plan.names[i] for i in self._plan.uniform_results()}
+        run.kept.update({name: x for name, x in rows.items() if name not in shared})
         run.reports.append(stage.report(whole)._replace(collected=collected))
 
     def _zero(self, stage: Stage, run: Run) -> Any:
