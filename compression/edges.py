@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report
+from fedjax_core.compression.contract import checked
 from fedjax_core.errors import CodecError
 from fedjax_core.language import inference, types
 from fedjax_core.language.messages import Received, broadcast_message, sum_messages
@@ -68,6 +69,7 @@ def uplink(
     Returns:
       `(server, memory, total)`.
     """
+    codec = checked(codec)
     hints = _hints(codec, server)
     member_keys = federated_map(Keys, (keys.shared, keys.client))
 
@@ -131,6 +133,7 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
     Raises:
       CodecError: if the codec keeps state at the receiver, or memory at the sender.
     """
+    codec = checked(codec)
 
     def encode(key: jax.Array, value: Any) -> Message:
         state = codec.init(jax.tree.map(_spec, value))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.aggregators.base import Aggregator
+from fedjax_core.aggregators.contract import checked
 from fedjax_core.compression.edges import PlacedKeys
 from fedjax_core.errors import ArgumentError
 from fedjax_core.execution.computation import Computation, federated_computation
@@ -54,6 +55,7 @@ def as_computation(aggregator: Aggregator, value_type: Any) -> tuple[Any, Comput
       >>> float(average(state, key, [1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [0, 1, 2]).value)
       1.6666666269302368
     """
+    aggregator = checked(aggregator)
     member = types.to_type(value_type)
     state, memory = aggregator.init(inference.template(member))
     if jax.tree.leaves(memory):

@@ -38,9 +38,8 @@ def widen(x: jax.Array) -> WideInt:
     """`x`, any integers, as the start of a sum."""
     wide = x if jnp.iinfo(x.dtype).bits >= 32 else x.astype(_word(x.dtype))
     half = _half(wide)
-    signed = jnp.int64 if half == 32 else jnp.int32
     mask = wide.dtype.type((1 << half) - 1)
-    return WideInt((wide >> half).astype(signed), (wide & mask).astype(signed))
+    return WideInt(wide >> half, wide & mask)
 
 
 def _word(dtype: Any) -> Any:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import feeding, inference
 from fedjax_core.language.local import pack_types
 from fedjax_core.language.placements import CLIENTS
-from fedjax_core.language.program import Program, is_at_clients
+from fedjax_core.language.program import Program, goes_up, is_at_clients
 from fedjax_core.language.tracing import Value
 from fedjax_core.language.types import FederatedType, FunctionType, StructType, Type
 from fedjax_core.language.values import Federated, Sequence
@@ -54,7 +55,7 @@ class Interface:
     def of(cls, program: Program) -> "Interface":
         """The interface of a program."""
         names, parameters = program.parameter_names, program.argument_types
-        has_clients = any(map(is_at_clients, program.ops))
+        has_clients = any(is_at_clients(op) or goes_up(op) for op in program.ops)
         return cls(program.name, names, parameters, program.type_signature.result, has_clients)
 
     @property
@@ -71,6 +72,20 @@ class Interface:
     def _short_name(self, index: int) -> str:
         names = self.parameter_names
         return names[index] if index < len(names) else f"argument_{index}"
+
+    @functools.cached_property
+    def places(self) -> tuple[str, ...]:
+        """What errors call each of `leaves`."""
+        return tuple(
+            f"{self._place_of(k)}{name.removeprefix(self._short_name(k))}"
+            for k, t in enumerate(self.parameters)
+            for _, name in _leaves_of_type(t, self._short_name(k))
+        )
+
+    def _place_of(self, index: int) -> str:
+        names = self.parameter_names
+        called = f" `{names[index]}`" if index < len(names) else ""
+        return f"argument {index}{called} of `{self.name}`"
 
     def take(self, args: Any, kwargs: Any, num_clients: int | None, valid: Any = None) -> Given:
         """Checks and converts the arguments of a call.
@@ -90,29 +105,55 @@ class Interface:
         given = [
             leaf
             for k, (arg, t) in enumerate(zip(args, self.parameters, strict=True))
-            for leaf in feeding.leaves_of(arg, t, self._long_name(k))
+            for leaf in feeding.leaves_of(arg, t, self._place_of(k))
         ]
-        wanted = self.leaves
-        placed = [
-            _place(leaf, t, f"argument `{name}` of `{self.name}`")
-            for leaf, (t, name) in zip(given, wanted, strict=True)
-        ]
-        sizes = _sizes(placed, wanted) | _listed(given, wanted)
-        sizes |= {"valid": None if valid is None else len(valid), "num_clients": num_clients}
-        return Given(placed, self._one_size(sizes), _is_lazy(given, wanted))
+        wanted = [t for t, _ in self.leaves]
+        fed = list(map(_feed, given, wanted, self.places))
+        sizes = self._sizes(fed) | self._listed(given)
+        num_clients = self._one_size(sizes, num_clients, valid)
+        return Given(fed, num_clients, _is_lazy(given, wanted))
 
-    def _long_name(self, index: int) -> str:
-        return f"argument `{self._short_name(index)}` of `{self.name}`"
+    def check(self, leaves: Any, num_clients: int | None = None, valid: Any = None) -> int:
+        """Checks arguments that are placed already; returns the number of clients.
 
-    def _one_size(self, sizes: dict[str, int | None]) -> int:
+        Raises:
+          FederatedTypeError: naming the argument that does not fit.
+          ArgumentError: where the number of clients is unknown, or the arguments disagree on it.
+        """
+        if len(leaves) != len(self.leaves):
+            raise FederatedTypeError(
+                f"`{self.name}` expected {len(self.leaves)} arguments of type "
+                f"{self.type_signature.parameter}, got {len(leaves)}; pass one for each."
+            )
+        for leaf, (t, _), place in zip(leaves, self.leaves, self.places, strict=True):
+            _check(leaf, t, place)
+        return self._one_size(self._sizes(leaves), num_clients, valid)
+
+    def _sizes(self, fed: Any) -> dict[str, int | None]:
+        """The number of clients in each argument that has some."""
+        pairs = zip(self.places, fed, strict=True)
+        return {place: feeding.num_clients_of(x) for place, x in pairs if isinstance(x, Federated)}
+
+    def _listed(self, given: list[Any]) -> dict[str, int | None]:
+        """The number of clients where a list of values without arrays alone tells it."""
+        return {
+            place: len(leaf)
+            for leaf, (t, _), place in zip(given, self.leaves, self.places, strict=True)
+            if is_stacked(t) and inference.is_empty(t) and isinstance(leaf, list | tuple)
+        }
+
+    def _one_size(
+        self, sizes: dict[str, int | None], num_clients: int | None, valid: Any = None
+    ) -> int:
         """The number of clients that all agree on."""
-        known = {name: size for name, size in sizes.items() if size is not None}
-        stated = sizes["num_clients"]
-        if stated is not None and (isinstance(stated, bool) or stated < 0):
-            raise ArgumentError(f"Expected a number of clients of at least 0, got {stated!r}.")
+        if num_clients is not None:
+            _check_count(self.name, num_clients)
+        stated = {"valid": None if valid is None else len(valid), "num_clients": num_clients}
+        known = {name: n for name, n in (sizes | stated).items() if n is not None}
         if len(set(known.values())) > 1:
+            counts = ", ".join(f"{size} for {name}" for name, size in known.items())
             raise ArgumentError(
-                f"`{self.name}` expected one number of clients, got {known}; pass values of the "
+                f"`{self.name}` expected one number of clients, got {counts}; pass values of the "
                 "same clients."
             )
         if self.has_clients and not known:
@@ -121,6 +162,26 @@ class Interface:
                 "so; pass num_clients=."
             )
         return next(iter(known.values()), 0)
+
+
+def _check_count(name: str, num_clients: Any) -> None:
+    is_count = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
+    if not (is_count and num_clients >= 0):
+        raise ArgumentError(
+            f"`{name}` expected a number of clients of at least 0, got {num_clients=}; pass an int."
+        )
+
+
+def _check(leaf: Any, t: Type, place: str) -> None:
+    if not isinstance(t, FederatedType):
+        feeding.check_runtime(t, inference.infer_type(leaf), place)
+        return
+    if not isinstance(leaf, Federated):
+        raise FederatedTypeError(
+            f"{place}: expected a Federated value of type {t}, got {type(leaf).__name__}; wrap it "
+            "in fc.Federated."
+        )
+    feeding.check_federated(leaf, t, place)
 
 
 def is_stacked(t: Type) -> bool:
@@ -167,7 +228,7 @@ def _leaves_of_type(t: Type, name: str) -> Iterator[tuple[Type, str]]:
         yield from _leaves_of_type(child, f"{name}.{field}" if field else f"{name}[{position}]")
 
 
-def _place(leaf: Any, t: Type, where: str) -> Any:
+def _feed(leaf: Any, t: Type, where: str) -> Any:
     if isinstance(leaf, Value):
         raise FederatedTypeError(
             f"{where}: expected a concrete value of type {t}, got a value of a computation's body; "
@@ -178,29 +239,12 @@ def _place(leaf: Any, t: Type, where: str) -> Any:
     return feeding.to_member(leaf, t, where)
 
 
-def _sizes(placed: list[Any], wanted: Any) -> dict[str, int | None]:
-    return {
-        name: feeding.num_clients_of(x)
-        for x, (_, name) in zip(placed, wanted, strict=True)
-        if isinstance(x, Federated)
-    }
-
-
-def _listed(given: list[Any], wanted: Any) -> dict[str, int | None]:
-    """The number of clients where a list of values without arrays alone tells it."""
-    return {
-        name: len(leaf)
-        for leaf, (t, name) in zip(given, wanted, strict=True)
-        if is_stacked(t) and inference.is_empty(t) and isinstance(leaf, list | tuple)
-    }
-
-
-def _is_lazy(given: list[Any], wanted: Any) -> bool:
+def _is_lazy(given: list[Any], wanted: list[Type]) -> bool:
     """Whether the arguments were arrays or `Federated` values."""
     arrays = jax.tree.leaves(given)
     if any(isinstance(x, Tracer) for x in arrays):
         return True
-    federated = [x for x, (t, _) in zip(given, wanted, strict=True) if isinstance(t, FederatedType)]
+    federated = [x for x, t in zip(given, wanted, strict=True) if isinstance(t, FederatedType)]
     if federated:
         return all(isinstance(x, Federated) for x in federated)
     return any(isinstance(x, jax.Array) for x in arrays)

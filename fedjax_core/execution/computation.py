@@ -11,23 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import FederatedTypeError
 from fedjax_core.execution import lowering, reference, sharding
+from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
 from fedjax_core.execution.config import Execution
 from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, types
-from fedjax_core.language.bodies import (
-    bind_functions,
-    inline,
-    names_of_parameters,
-    trace_program,
-)
+from fedjax_core.language.bodies import bind_functions, inline, trace_program
 from fedjax_core.language.local import TypedFunction, name_of, positional_names, split_function
-from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Constant, Program, SecureSum
 from fedjax_core.language.tracing import Value
-from fedjax_core.language.types import FederatedType, FunctionType, Type
-from fedjax_core.language.values import Federated, Sequence
+from fedjax_core.language.types import FederatedType, FunctionType
+from fedjax_core.language.values import Federated
 
 
 class Computation(TypedFunction):
@@ -49,6 +44,7 @@ class Computation(TypedFunction):
         self.function = self._local_function()
         self.__name__ = program.name
         self._jitted = jax.jit(self._compute, static_argnames="num_clients")
+        self._interface = Interface.of(program)
         self._bound = functools.lru_cache(maxsize=64)(self._bind)
         ops = program.ops
         self._strings = {i: ops[i] for i in program.results if _is_string(ops[i])}
@@ -82,10 +78,9 @@ class Computation(TypedFunction):
         if functions:
             rest = (arg for k, arg in enumerate(args) if k not in functions)
             return self._bound(tuple(functions.items()))(*rest, num_clients=num_clients)
-        leaves = self.program.leaves_of(args)
-        if any(map(_holds_value, leaves)):
+        if any(map(_holds_value, self.program.leaves_of(args))):
             return inline(self.program, args)
-        return self._run(leaves, num_clients)
+        return self._run(args, num_clients)
 
     def bind(self, *functions: Any) -> "Computation":
         """The computation with functions in the place of those parameters that are functions.
@@ -136,8 +131,7 @@ class Computation(TypedFunction):
         self, args: Any, valid: Any, num_clients: int | None, execution: Execution
     ) -> Outcome:
         program = self.program
-        self._check(args)
-        clients = _count_clients(program, args, valid, num_clients)
+        clients = self._interface.check(args, num_clients, valid)
         values = {i: _bare(arg) for i, arg in zip(program.parameters, args, strict=True)}
         if execution.mode == "reference":
             keep = np.ones(clients, bool) if valid is None else np.asarray(valid, bool)
@@ -169,68 +163,18 @@ class Computation(TypedFunction):
         for i, (below, above) in violations.items():
             if int(below) or int(above):
                 op = cast(SecureSum, self.program.ops[i])
-                raise ArgumentError(
-                    f"`{self.program.name}`: expected values from {list(op.lower)} to "
-                    f"{list(op.upper)} for the secure sum {op.label!r} ({op.location}), got "
-                    f"{int(below)} below and {int(above)} above; clip them in federated_map, or "
-                    "pass report_clipped=True."
-                )
+                bounds = op.lower, op.upper
+                name = self.program.name
+                raise out_of_bounds(name, op.label, bounds, op.location, (below, above))
 
-    def _run(self, leaves: list[Any], num_clients: int | None) -> Any:
-        fed = [
-            feeding.to_placed(leaf, t, where)
-            if isinstance(t, FederatedType)
-            else feeding.to_member(leaf, t, where)
-            for t, leaf, where in self._given(leaves)
-        ]
-        if num_clients is None:
-            num_clients = self._count_empty(leaves)
-        result = self._finish(self._jitted(*fed, num_clients=num_clients))
-        if self._is_lazy(leaves):
-            return result
-        return jax.tree.map(_to_python, result, is_leaf=_is_result)
-
-    def _is_lazy(self, leaves: list[Any]) -> bool:
-        """Whether results stay as they are: where the arguments were arrays or `Federated`."""
-        arrays = jax.tree.leaves(leaves)
-        if any(isinstance(x, Tracer) for x in arrays):
-            return True
-        given = [x for t, x, _ in self._given(leaves) if isinstance(t, FederatedType)]
-        if given:
-            return all(map(_is_federated, given))
-        return any(isinstance(x, jax.Array) for x in arrays)
-
-    def _given(self, leaves: Any) -> list[tuple[Type, Any, str]]:
-        """For each parameter its type, what was given for it, and its name in errors."""
-        program = self.program
-        if len(leaves) != len(program.parameters):
-            raise FederatedTypeError(
-                f"`{program.name}` expected {len(program.parameters)} arguments of type "
-                f"{self.type_signature.parameter}, got {len(leaves)}."
-            )
-        names = names_of_parameters(program)
-        wanted = [program.ops[i].type for i in program.parameters]
-        return list(zip(wanted, leaves, names, strict=True))
-
-    def _check(self, args: tuple[Any, ...]) -> None:
-        for t, arg, where in self._given(args):
-            if not isinstance(t, FederatedType):
-                feeding.check_runtime(t, inference.infer_type(arg), where)
-                continue
-            if not _is_federated(arg):
-                raise FederatedTypeError(
-                    f"{where}: expected a Federated value of type {t}, got {type(arg).__name__}; "
-                    "wrap it in fc.Federated."
-                )
-            feeding.check_federated(arg, t, where)
-
-    def _count_empty(self, leaves: list[Any]) -> int | None:
-        """The number of clients where a list of values without arrays alone tells it."""
-        for t, leaf, _ in self._given(leaves):
-            is_at_clients = isinstance(t, FederatedType) and t.placement is CLIENTS
-            if is_at_clients and inference.is_empty(t) and isinstance(leaf, list | tuple):
-                return len(leaf)
-        return None
+    def _run(self, args: tuple[Any, ...], num_clients: int | None) -> Any:
+        given = self._interface.take(args, {}, num_clients)
+        known = (feeding.num_clients_of(x) for x in given.leaves if isinstance(x, Federated))
+        is_told = any(size is not None for size in known)
+        # What the arrays tell already would only make the compiled function another one.
+        stated = None if is_told or not self._interface.has_clients else given.num_clients
+        result = self._finish(self._jitted(*given.leaves, num_clients=stated))
+        return to_user(result, given.is_lazy)
 
     def _local_function(self) -> Callable[..., Any]:
         """The computation as a local one, for members' values; only if nothing in it is placed."""
@@ -258,55 +202,12 @@ def _bare(arg: Any) -> Any:
     return arg.value if isinstance(arg, Federated) else arg
 
 
-def _is_result(x: Any) -> bool:
-    return isinstance(x, Federated | Sequence)
-
-
-def _to_python(x: Any) -> Any:
-    return feeding.to_python(x) if _is_federated(x) else feeding.to_host(x)
-
-
 def _holds_value(x: Any) -> bool:
     """Whether `x` is a value of a body, or a container with one."""
     if not isinstance(x, tuple | list | Mapping):
         return isinstance(x, Value)
     leaves = jax.tree.leaves(x, is_leaf=lambda leaf: isinstance(leaf, Value))
     return any(isinstance(leaf, Value) for leaf in leaves)
-
-
-def _is_federated(x: Any) -> bool:
-    return isinstance(x, Federated)
-
-
-def _count_clients(program: Program, args: Any, valid: Any, num_clients: int | None) -> int:
-    """The one size of the clients axis that all arguments agree on."""
-    sizes = {
-        name: feeding.num_clients_of(arg)
-        for name, arg in zip(names_of_parameters(program), args, strict=True)
-        if _is_federated(arg)
-    }
-    sizes["valid"] = None if valid is None else len(valid)
-    sizes["num_clients"] = num_clients
-    known = {name: size for name, size in sizes.items() if size is not None}
-    is_count = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
-    if num_clients is not None and not (is_count and num_clients >= 0):
-        raise ArgumentError(
-            f"`{program.name}` expected a number of clients of at least 0, got {num_clients=}; "
-            "pass an int."
-        )
-    if len(set(known.values())) > 1:
-        counts = ", ".join(f"{size} for {name}" for name, size in known.items())
-        raise ArgumentError(
-            f"`{program.name}` expected one number of clients, got {counts}; pass values of the "
-            "same clients."
-        )
-    needs_clients = any(lowering.is_at_clients(op) for op in program.ops)
-    if not known and needs_clients:
-        raise ArgumentError(
-            f"`{program.name}` expected to know how many clients there are, and no argument says "
-            "so; pass num_clients=."
-        )
-    return next(iter(known.values()), 0)
 
 
 def _wrap(program: Program, results: dict[int, Any]) -> Any:

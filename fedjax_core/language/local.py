@@ -13,6 +13,7 @@ from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference, types
+from fedjax_core.language.checks import check_fits
 from fedjax_core.language.feeding import check_runtime
 from fedjax_core.language.types import FunctionType, StructType, Type
 
@@ -158,7 +159,7 @@ class TypedFunction:
                 f"{self.type_signature}, got {len(parameters)}."
             )
         for position, (expected, got) in enumerate(zip(self.parameters, parameters, strict=True)):
-            expected.check_assignable_from(got, f"argument {position} of `{name}` ({what})")
+            check_fits(expected, got, f"argument {position} of `{name}` ({what})")
 
 
 def pack_parameters(function: Callable[..., Any], parameters: tuple[Type, ...]) -> Type | None:

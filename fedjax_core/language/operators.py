@@ -79,7 +79,13 @@ def federated_broadcast(
         return broadcast_encoded(codec, value, name)
     value = placed(value, SERVER, "federated_broadcast")
     builder = current_builder("federated_broadcast")
-    member = federated_type_of(value, name).member
+    t = federated_type_of(value, name)
+    if not t.all_equal:
+        raise FederatedTypeError(
+            f"federated_broadcast: expected one value at the server, got {t}, which may differ from "
+            "one part of the server to another; declare it as all-equal."
+        )
+    member = t.member
     type_bits(member)  # refuses what has no size
     t = FederatedType(member, CLIENTS, all_equal=True)
     inputs = (position_of(value, builder, "federated_broadcast"),)

@@ -17,6 +17,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fedjax_core.aggregators.base import Aggregator
+from fedjax_core.aggregators.contract import checked
 from fedjax_core.compression.base import Codec
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
@@ -103,6 +104,7 @@ def federated_learning(
     """
     parts = Parts(model, client_work, aggregator, server_optimizer, broadcast_codec)
     _check_parts(parts, execution)
+    parts = parts._replace(aggregator=checked(parts.aggregator))
     make_state = jax.jit(_initializer(parts))
     expected = jax.eval_shape(make_state, jax.eval_shape(lambda: jax.random.key(0)))
     computations = _ComputationCache(parts)

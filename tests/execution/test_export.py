@@ -358,7 +358,7 @@ def test_manifest_describes_types_edges_and_arrays(exported):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((["a"],), "argument `value` of `federated_mean`, client 0: expected float32"),
+        ((["a"],), "argument 0 `value` of `federated_mean`, client 0: expected float32"),
         ((1.0,), "expected a list with one entry a client"),
         ((), "expected 1 arguments, got 0"),
         (([1.0], [2.0]), "expected 1 arguments, got 2"),
@@ -370,7 +370,7 @@ def test_arguments_that_do_not_fit_are_named(args, message, exported):
 
 
 def test_numbers_of_clients_have_to_agree(exported, tmp_path):
-    with pytest.raises(ArgumentError, match=r"one number of clients, got \{'x': 3, 'w': 2"):
+    with pytest.raises(ArgumentError, match=r"got 3 for argument 0 `x` of `lambda`, 2 for"):
         exported("weighted_mean")(np.ones((3, 3), np.float32), [1, 2])
     ones = fc.federated_computation(lambda: fc.federated_sum(fc.federated_value(1, fc.CLIENTS)))
     export(ones, tmp_path / "ones", platforms=("cpu",))

@@ -187,7 +187,7 @@ def test_lists_give_python_values():
     """C-53; and arguments by name."""
     assert form("mean").run([[1.0] * 3, [2.0] * 3, [3.0] * 3]).tolist() == [2.0] * 3
     assert form("mean").run(x=[[1.0] * 3]).tolist() == [1.0] * 3
-    with pytest.raises(FederatedTypeError, match="argument `x` of `lambda`, client 1"):
+    with pytest.raises(FederatedTypeError, match="argument 0 `x` of `lambda`, client 1"):
         form("mean").run([[1.0] * 3, [2.0]])
     with pytest.raises(ArgumentError, match="group_size of at least 1"):
         form("mean").run([[1.0] * 3], group_size=0)

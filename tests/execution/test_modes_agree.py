@@ -257,7 +257,9 @@ class Drawn:
 
 def draw_program(draw: Any) -> fc.Computation:
     def body(x, weight, count, present, uid, rows, server, key, scale):
-        return Drawn(draw, Arguments(x, weight, count, present, uid, rows, server, key, scale)).run()
+        return Drawn(
+            draw, Arguments(x, weight, count, present, uid, rows, server, key, scale)
+        ).run()
 
     return fc.federated_computation(body, *PARAMETERS.values())
 

@@ -143,7 +143,7 @@ IN_BODIES = {
         FederatedTypeError,
         "federated_mean: expected floating-point numbers",
         "got {int32}@CLIENTS",
-        "convert them in federated_map",
+        "convert them, for example with astype",
     ),
     "sum of booleans": Misuse(
         in_body(lambda x: fc.federated_sum(x), BOOL),
@@ -171,7 +171,7 @@ IN_BODIES = {
         FederatedTypeError,
         "federated_min: expected real numbers",
         "got {complex64}@CLIENTS",
-        "convert them in federated_map",
+        "convert them, for example with astype",
     ),
     "broadcast of a sequence": Misuse(
         in_body(lambda x: fc.federated_broadcast(x), SERVER_ROWS),
@@ -560,7 +560,7 @@ AT_CALLS = {
         lambda: fields({"a": [1, 2], "b": [1.0]}),
         ArgumentError,
         "`lambda` expected one number of clients",
-        "got 2 for argument 0 `s` of `lambda`['a'], 1 for argument 0 `s` of `lambda`['b']",
+        "got 2 for argument 0 `s` of `lambda`.a, 1 for argument 0 `s` of `lambda`.b",
         "pass values of the same clients",
     ),
     "another number of clients": Misuse(
