@@ -2,7 +2,9 @@
 
     FedjaxError
     ├── FederatedTypeError    (TypeError)   a value, type or placement does not fit
-    │   └── PlacementError                  it lives at the wrong placement
+    │   ├── PlacementError                  it lives at the wrong placement
+    │   ├── FieldError        (AttributeError, IndexError) a field that a struct does not have
+    │   └── CallError         (SyntaxError) a call of a value that is no function
     ├── ArgumentError         (ValueError)  an argument is out of range or inconsistent
     │   ├── CodecError                      a codec, or the bytes of a message
     │   ├── PrivacyError                    a client's value that leaves past the aggregations
@@ -57,3 +59,15 @@ class StorageError(FedjaxError, OSError):
 
 class ContextError(FedjaxError, RuntimeError):
     """An operator was used outside the body of a federated computation."""
+
+
+class FieldError(FederatedTypeError, AttributeError, IndexError):
+    """A field that a struct does not have, by name or by index."""
+
+
+class CallError(FederatedTypeError, SyntaxError):
+    """A call of a value that is no function."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.msg = message  # what a SyntaxError prints

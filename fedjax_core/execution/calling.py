@@ -10,7 +10,8 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
-from fedjax_core.language import feeding, inference
+from fedjax_core.language import feeding, inference, results
+from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.local import pack_types
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.program import Program, goes_up, is_at_clients
@@ -101,7 +102,7 @@ class Interface:
           ArgumentError: where the number of clients is unknown, or the arguments disagree on it.
         """
         count = len(self.parameters)
-        args = feeding.bind_arguments(self.name, self.parameter_names, count, args, kwargs)
+        args = bind_arguments(self.name, self.parameter_names, count, args, kwargs)
         given = [
             leaf
             for k, (arg, t) in enumerate(zip(args, self.parameters, strict=True))
@@ -132,7 +133,7 @@ class Interface:
     def _sizes(self, fed: Any) -> dict[str, int | None]:
         """The number of clients in each argument that has some."""
         pairs = zip(self.places, fed, strict=True)
-        return {place: feeding.num_clients_of(x) for place, x in pairs if isinstance(x, Federated)}
+        return {place: results.num_clients_of(x) for place, x in pairs if isinstance(x, Federated)}
 
     def _listed(self, given: list[Any]) -> dict[str, int | None]:
         """The number of clients where a list of values without arrays alone tells it."""
@@ -195,7 +196,7 @@ def to_user(result: Any, is_lazy: bool) -> Any:
         return result
 
     def convert(x: Any) -> Any:
-        return feeding.to_python(x) if isinstance(x, Federated) else feeding.to_host(x)
+        return results.to_python(x) if isinstance(x, Federated) else results.to_host(x)
 
     return jax.tree.map(convert, result, is_leaf=lambda x: isinstance(x, Federated | Sequence))
 

@@ -16,7 +16,8 @@ from fedjax_core.execution import lowering, reference, sharding
 from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
 from fedjax_core.execution.config import Execution
 from fedjax_core.execution.lowering import Outcome
-from fedjax_core.language import feeding, inference, types
+from fedjax_core.language import feeding, inference, results, types
+from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.bodies import bind_functions, inline, trace_program
 from fedjax_core.language.local import TypedFunction, name_of, positional_names, split_function
 from fedjax_core.language.program import Constant, Program, SecureSum
@@ -73,7 +74,7 @@ class Computation(TypedFunction):
         if self._takes_federated and not kwargs and num_clients is None and _all_federated(args):
             return self._finish(self._jitted(*args))
         names = self.program.parameter_names
-        args = feeding.bind_arguments(self.program.name, names, len(self.parameters), args, kwargs)
+        args = bind_arguments(self.program.name, names, len(self.parameters), args, kwargs)
         functions = {k: args[k] for k in self._functions() if not isinstance(args[k], Value)}
         if functions:
             rest = (arg for k, arg in enumerate(args) if k not in functions)
@@ -169,7 +170,7 @@ class Computation(TypedFunction):
 
     def _run(self, args: tuple[Any, ...], num_clients: int | None) -> Any:
         given = self._interface.take(args, {}, num_clients)
-        known = (feeding.num_clients_of(x) for x in given.leaves if isinstance(x, Federated))
+        known = (results.num_clients_of(x) for x in given.leaves if isinstance(x, Federated))
         is_told = any(size is not None for size in known)
         # What the arrays tell already would only make the compiled function another one.
         stated = None if is_told or not self._interface.has_clients else given.num_clients
@@ -271,7 +272,7 @@ class PolymorphicComputation:
         Raises:
           FederatedTypeError: for a list, which does not tell whether it holds clients.
         """
-        args = feeding.bind_arguments(self.__name__, self._names, len(self._names), args, kwargs)
+        args = bind_arguments(self.__name__, self._names, len(self._names), args, kwargs)
         return self.for_types(*map(_type_of_argument, args))(*args, num_clients=num_clients)
 
     def for_types(self, *parameters: Any) -> Computation:

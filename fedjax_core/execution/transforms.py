@@ -9,6 +9,7 @@ import numpy as np
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution.computation import Computation
 from fedjax_core.language import feeding, inference
+from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.tracing import Value, member_of
 from fedjax_core.language.transforms import (
@@ -177,7 +178,7 @@ class VectorisedComputation:
         """
         program = self.computation.program
         names, types = program.parameter_names, program.argument_types
-        args = feeding.bind_arguments(program.name, names, len(types), args, kwargs)
+        args = bind_arguments(program.name, names, len(types), args, kwargs)
         sizes = (
             _axis_size(arg, t, axis)
             for arg, t, axis in zip(args, types, self.in_axes, strict=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference, types
 from fedjax_core.language.checks import check_fits
 from fedjax_core.language.placements import CLIENTS
@@ -148,45 +148,6 @@ def _difference_of_names(names: list[Any], given: Any) -> str:
     unknown = sorted(str(name) for name in given if name not in names)
     parts = ["add " + str(missing)] if missing else []
     return " and ".join([*parts, *(["leave out " + str(unknown)] if unknown else [])])
-
-
-def bind_arguments(
-    name: str, names: tuple[str, ...], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, ...]:
-    """The arguments of a call in the order of the parameters.
-
-    Args:
-      name: of what is called.
-      names: of its parameters, as far as they have names.
-      count: how many parameters there are.
-      args: given by position.
-      kwargs: given by name.
-
-    Raises:
-      FederatedTypeError: for one that is missing, unknown, or given twice.
-    """
-    unknown = sorted(set(kwargs) - set(names[:count]))
-    if unknown:
-        raise FederatedTypeError(
-            f"`{name}` expected arguments out of {list(names[:count])}, got {unknown}; use these "
-            "names."
-        )
-    twice = [given for given in names[: len(args)] if given in kwargs]
-    if twice:
-        raise FederatedTypeError(
-            f"`{name}` expected each argument once, got {twice} by position and by name; give it "
-            "once."
-        )
-    if not kwargs and len(args) == count:
-        return args
-    by_name = [kwargs[given] for given in names[len(args) : count] if given in kwargs]
-    if len(args) + len(by_name) != count:
-        missing = [given for given in names[len(args) : count] if given not in kwargs]
-        raise FederatedTypeError(
-            f"`{name}` expected {count} arguments, got {len(args) + len(kwargs)}"
-            + (f"; missing {missing}." if missing else f"; pass {count}.")
-        )
-    return (*args, *by_name)
 
 
 def contains_str(t: Type) -> bool:
@@ -379,56 +340,3 @@ def _member_type(stacked: Any, where: str) -> Type:
 
     is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
     return inference.infer_type(jax.tree.map(member, stacked, is_leaf=is_sequence))
-
-
-def num_clients_of(value: Federated) -> int | None:
-    """The size of the clients axis; None where there is none to read it from."""
-    if value.placement is not CLIENTS or value.all_equal:
-        return None
-    is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731
-    leaves = jax.tree.leaves(value.value, is_leaf=is_sequence)
-    sizes = {(leaf.length if is_sequence(leaf) else leaf).shape[0] for leaf in leaves}
-    if len(sizes) > 1:
-        raise ArgumentError(
-            f"Expected one number of clients in a value at CLIENTS, got arrays of {sorted(sizes)}; "
-            "give all leaves the same leading axis."
-        )
-    return sizes.pop() if sizes else None
-
-
-def to_python(value: Federated) -> Any:
-    """What a computation fed with lists returns: a list with one entry a client, or one value."""
-    host = jax.tree.map(_to_host, value.value)
-    num_clients = num_clients_of(value)
-    if value.placement is not CLIENTS or value.all_equal:
-        return _with_lists(host)
-    return [_with_lists(_row(host, client)) for client in range(num_clients or 0)]
-
-
-def to_host(value: Any) -> Any:
-    """An unplaced result as NumPy arrays and scalars, its sequences as lists of examples."""
-    return _with_lists(jax.tree.map(_to_host, value))
-
-
-def _row(arrays: Any, index: int) -> Any:
-    return jax.tree.map(lambda x: x[index], arrays)
-
-
-def _with_lists(member: Any) -> Any:
-    """One member's value, its sequences as lists of examples."""
-
-    def unpack(x: Any) -> Any:
-        if not isinstance(x, Sequence):
-            return x
-        return [_row(x.elements, int(x.start) + i) for i in range(int(x.length))]
-
-    return jax.tree.map(unpack, member, is_leaf=lambda x: isinstance(x, Sequence))
-
-
-def _to_host(x: Any) -> Any:
-    if isinstance(x, str):
-        return x
-    if types.is_extended_dtype(x.dtype):
-        return x
-    array = np.asarray(x)
-    return array if array.shape else array[()]

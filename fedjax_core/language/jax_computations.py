@@ -9,8 +9,9 @@ import jax
 
 from fedjax_core.errors import FederatedTypeError, PlacementError
 from fedjax_core.language import types
+from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.checks import check_takes
-from fedjax_core.language.feeding import bind_arguments, to_member
+from fedjax_core.language.feeding import to_member
 from fedjax_core.language.local import (
     TypedFunction,
     name_of,

@@ -12,6 +12,7 @@ from fedjax_core.language import inference
 from fedjax_core.language.checks import check_takes
 from fedjax_core.language.feeding import contains_str, to_member
 from fedjax_core.language.local import Local, TypedFunction, name_of, trace_local
+from fedjax_core.language.locations import location
 from fedjax_core.language.placements import CLIENTS, SERVER, Placement
 from fedjax_core.language.program import Broadcast, Constant, Map, Place, type_bits
 from fedjax_core.language.tracing import (
@@ -22,7 +23,6 @@ from fedjax_core.language.tracing import (
     current_builder,
     explain,
     is_placed,
-    location,
     member_of,
     operator,
     position_of,
@@ -280,3 +280,12 @@ def presence(present: Value | None, what: str) -> tuple[Value, ...]:
             "compare it with something in federated_map."
         )
     return (present,)
+
+
+def check_members(reason: str | None, value: Value, what: str, expected: str) -> None:
+    """Raises if there is a reason why values of this type cannot be aggregated."""
+    if reason is not None:
+        raise FederatedTypeError(
+            f"{what}: expected {expected} of fixed shape, got {value.type_signature} ({reason}); "
+            "convert them, for example with astype, in federated_map."
+        )

@@ -19,10 +19,11 @@ from fedjax_core.bits import BitCount
 from fedjax_core.errors import CodecError, FederatedTypeError
 from fedjax_core.language import inference, types
 from fedjax_core.language.local import trace_local
+from fedjax_core.language.locations import location
 from fedjax_core.language.mapping import federated_map, federated_type_of, placed, presence
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.program import Broadcast, Codec, Sum
-from fedjax_core.language.tracing import Value, current_builder, location, position_of
+from fedjax_core.language.tracing import Value, current_builder, position_of
 from fedjax_core.language.types import FederatedType, TensorType, Type
 
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import inference, types
+from fedjax_core.language.locations import location
 from fedjax_core.language.mapping import federated_type_of, placed
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.program import SecureSum
-from fedjax_core.language.tracing import Value, current_builder, location, operator, position_of
+from fedjax_core.language.tracing import Value, current_builder, operator, position_of
 from fedjax_core.language.types import FederatedType
 
 

@@ -7,38 +7,29 @@ is tracing.
 
 import contextlib
 import functools
-import inspect
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import jax
-import numpy as np
 from jax.core import Tracer
 
-from fedjax_core.errors import ContextError, FederatedTypeError, FedjaxError, PlacementError
+from fedjax_core.errors import (
+    CallError,
+    ContextError,
+    FederatedTypeError,
+    FedjaxError,
+    FieldError,
+    PlacementError,
+)
 from fedjax_core.language import inference, types
 from fedjax_core.language.checks import check_fits
 from fedjax_core.language.feeding import to_member
+from fedjax_core.language.locations import locate, located, location, raised_at
 from fedjax_core.language.placements import Placement
 from fedjax_core.language.program import Apply, Broadcast, Constant, Count, Get, Op, Zip
 from fedjax_core.language.types import FederatedType, FunctionType, StructType, Type
 
-
-class FieldError(FederatedTypeError, AttributeError, IndexError):
-    """A field that a struct does not have, by name or by index."""
-
-
-class CallError(FederatedTypeError, SyntaxError):
-    """A call of a value that is no function."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.msg = message  # what a SyntaxError prints
-
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _THREAD = threading.local()
 
 
@@ -78,14 +69,14 @@ class Value:
         member = member_of(self.type_signature)
         if isinstance(member, StructType):
             return member
-        raise _located(
+        raise located(
             FederatedTypeError,
             f"Expected a struct to take apart, got a value of type {self.type_signature}; compute "
             "with it in federated_map.",
         )
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise _located(
+        raise located(
             FederatedTypeError,
             f"Expected an operator for a value of type {self.type_signature}, got Python's own "
             "arithmetic, test or conversion: the body of a federated computation only describes "
@@ -98,7 +89,7 @@ class Value:
     def __call__(self, *args: Any) -> "Value":
         """Calls a function that is a parameter."""
         if not isinstance(self.type_signature, FunctionType):
-            raise _located(
+            raise located(
                 CallError,
                 f"Expected a function to call, got a value of type {self.type_signature}; make it "
                 "a parameter whose type is a FunctionType, or leave out the call.",
@@ -121,7 +112,7 @@ def _position_of_field(value: Value, key: Any) -> int:
     """The position of the field `key`; names what there is if there is no such field."""
     t = member_of(value.type_signature)
     if not isinstance(t, StructType):
-        raise _located(
+        raise located(
             FieldError,
             f"Expected a struct with a field {key!r}, got a value of type {value.type_signature}; "
             "compute with it in federated_map.",
@@ -133,19 +124,11 @@ def _position_of_field(value: Value, key: Any) -> int:
     if is_position or (isinstance(key, str) and key in names):
         return t.position(key)
     fields = f"one of the fields {names}, or " if names else ""
-    raise _located(
+    raise located(
         FieldError,
         f"Expected {fields}an index from 0 to {len(t.elements) - 1} into {value.type_signature}, "
         f"got {key!r}; take the field by its name or position.",
     )
-
-
-def _located(kind: type[FedjaxError], message: str, where: str = "") -> FedjaxError:
-    """An error that names the line of the user's code."""
-    where = where or location()
-    error = kind(f"{message} ({where})" if where else message)
-    error.__dict__["_is_located"] = True
-    return error
 
 
 class Builder:
@@ -215,81 +198,32 @@ def position_of(value: Value, builder: Builder, operator: str) -> int:
     return value._position
 
 
-def location() -> str:
-    """`file:line` of the user's code that called into the library."""
-    frame = inspect.currentframe()
-    while frame is not None and _is_inside(frame.f_code.co_filename):
-        frame = frame.f_back
-    return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_inside(filename: str) -> bool:
-    return os.path.realpath(filename).startswith(_ROOTS) or filename.startswith("<frozen")
-
-
-# The package's own folder, those that its subpackages are linked to, and of those that call back.
-_ROOTS = tuple(
-    os.path.realpath(folder) + os.sep
-    for folder in (
-        *(os.path.join(_PACKAGE, name) for name in ("", "algorithms", "compression")),
-        os.path.dirname(jax.__file__),
-        os.path.dirname(np.__file__),
-    )
-)
-
-
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the errors of an operator name the line of the user's code that called it."""
     is_public = not function.__name__.startswith("_")
 
     @functools.wraps(function)
-    def located(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
             if is_public:
                 current_builder(function.__name__)
             return function(*args, **kwargs)
         except Exception as error:
-            _locate(error, function.__name__)
+            locate(error, function.__name__)
             raise
 
-    return located
-
-
-def _locate(error: Exception, name: str) -> None:
-    """Says once where the innermost operator that failed was called."""
-    if getattr(error, "_is_located", False):
-        return
-    where = location()
-    if isinstance(error, FedjaxError) and where:
-        is_named = not name.startswith("federated_") or name in str(error.args[0])
-        source = where if is_named else f"{name}, {where}"
-        error.args = (f"{error.args[0]} ({source})", *error.args[1:])
-    else:
-        error.add_note(f"In {name.lstrip('_')}, called at {where or 'an unknown place'}.")
-    error.__dict__["_is_located"] = True
+    return call
 
 
 def explain(error: TypeError, name: str) -> None:
     """Raises an error that says more where JAX was given a value of a body to compute with."""
     if not isinstance(error, FedjaxError) and f"{Value.__module__}.{Value.__name__}" in str(error):
-        raise _located(
+        raise located(
             FederatedTypeError,
             f"`{name}`: expected arrays in a JAX function, got a value of the body of a federated "
             "computation; put the function into federated_map, with the value as its argument.",
-            _raised_at(error),
+            raised_at(error),
         ) from error
-
-
-def _raised_at(error: Exception) -> str:
-    """`file:line` of the user's code that raised the error, or called what raised it."""
-    where, trace = "", error.__traceback__
-    while trace is not None:
-        filename = trace.tb_frame.f_code.co_filename
-        if not _is_inside(filename):
-            where = f"{os.path.basename(filename)}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return where
 
 
 def member_of(t: Type) -> Type:

@@ -21,6 +21,7 @@ from fedjax_core.execution import loading
 from fedjax_core.execution.export import export
 from fedjax_core.execution.loading import load_computation
 from fedjax_core.language import feeding, inference
+from fedjax_core.language.results import to_python
 from fedjax_core.learning import checkpoints
 
 F32 = np.float32
@@ -192,7 +193,7 @@ def plain(result: Any) -> list[Any]:
     """The arrays of a result as Python sees them, in order; keys as their data."""
 
     def convert(x: Any) -> Any:
-        return feeding.to_python(x) if is_federated(x) else x
+        return to_python(x) if is_federated(x) else x
 
     arrays = jax.tree.leaves(jax.tree.map(convert, result, is_leaf=is_federated))
     is_key = lambda x: jnp.issubdtype(getattr(x, "dtype", bool), jax.dtypes.prng_key)  # noqa: E731

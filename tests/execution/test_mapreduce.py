@@ -15,6 +15,7 @@ from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution.loading import load_computation
 from fedjax_core.execution.mapreduce import MapReduceForm, map_reduce_form
 from fedjax_core.language import feeding
+from fedjax_core.language.results import to_python
 
 F32 = np.float32
 KEY = fc.infer_type(jax.random.key(0))
@@ -144,7 +145,7 @@ def is_federated(x: Any) -> bool:
 
 def plain(result: Any) -> list[Any]:
     def convert(x: Any) -> Any:
-        return feeding.to_python(x) if is_federated(x) else x
+        return to_python(x) if is_federated(x) else x
 
     return jax.tree.leaves(jax.tree.map(convert, result, is_leaf=is_federated))
 
@@ -293,7 +294,7 @@ def test_pieces_are_exported_one_by_one(name, tmp_path):
     args = arguments(name, 3)
     named = dict(zip(computation(name).program.parameter_names, args, strict=True))
     server = {k: x.value for k, x in named.items() if x.placement is fc.SERVER}
-    rows = {k: feeding.to_python(x) for k, x in named.items() if x.placement is fc.CLIENTS}
+    rows = {k: to_python(x) for k, x in named.items() if x.placement is fc.CLIENTS}
     clients = [{k: x[i] for k, x in rows.items()} for i in range(3)]
     num_stages = len(form(name).stages)
     results, kept = drive(pieces, num_stages, server, clients)
