@@ -10,9 +10,7 @@ from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution.computation import Computation
 from fedjax_core.language import feeding, inference
 from fedjax_core.language.arguments import bind_arguments
-from fedjax_core.language.placements import CLIENTS
-from fedjax_core.language.tracing import Value, member_of
-from fedjax_core.language.transforms import (
+from fedjax_core.language.differentiation.transforms import (
     ArgumentNumbers,
     Axes,
     axes_of,
@@ -20,6 +18,8 @@ from fedjax_core.language.transforms import (
     vectorised,
     vectorised_type,
 )
+from fedjax_core.language.placements import CLIENTS
+from fedjax_core.language.tracing import Value, member_of
 from fedjax_core.language.types import FederatedType, StructType, Type
 from fedjax_core.language.values import Federated
 

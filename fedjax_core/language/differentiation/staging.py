@@ -14,9 +14,9 @@ from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference
-from fedjax_core.language.assembly import Assembly
+from fedjax_core.language.differentiation.assembly import Assembly
+from fedjax_core.language.differentiation.pieces import Piece, Signature
 from fedjax_core.language.local import NOMINAL_CAPACITY, Local, trace_local
-from fedjax_core.language.pieces import Piece, Signature
 from fedjax_core.language.program import Map, Op, Program
 from fedjax_core.language.tracing import member_of
 from fedjax_core.language.types import FunctionType, StructType, Type, one_level

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import PlacementError
-from fedjax_core.language.bridge import Tag, broadcast_p, count_p, extreme_p, present_p, sum_p
+from fedjax_core.language.differentiation.bridge import (
+    Tag,
+    broadcast_p,
+    count_p,
+    extreme_p,
+    present_p,
+    sum_p,
+)
+from fedjax_core.language.differentiation.pruning import is_literal, prune
 from fedjax_core.language.placements import CLIENTS, SERVER
-from fedjax_core.language.pruning import is_literal, prune
 from fedjax_core.language.types import FederatedType, Type
 
 EDGES = (broadcast_p, sum_p, extreme_p, count_p)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import PlacementError
-from fedjax_core.language.bridge import LEAF, broadcast_p, count_p, extreme_p, sum_p
-from fedjax_core.language.flow import (
+from fedjax_core.language.differentiation.bridge import LEAF, broadcast_p, count_p, extreme_p, sum_p
+from fedjax_core.language.differentiation.flow import (
     NOWHERE,
     Fact,
     Flow,
@@ -26,8 +26,7 @@ from fedjax_core.language.flow import (
     analyse,
     fact_of_type,
 )
-from fedjax_core.language.local import Local
-from fedjax_core.language.pieces import (
+from fedjax_core.language.differentiation.pieces import (
     AT_CLIENTS,
     AT_SERVER,
     EVERYWHERE,
@@ -40,6 +39,8 @@ from fedjax_core.language.pieces import (
     can_take,
     name_of,
 )
+from fedjax_core.language.differentiation.pruning import is_literal
+from fedjax_core.language.local import Local
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.program import (
     Broadcast,
@@ -52,7 +53,6 @@ from fedjax_core.language.program import (
     Place,
     Sum,
 )
-from fedjax_core.language.pruning import is_literal
 from fedjax_core.language.tracing import member_of
 from fedjax_core.language.types import FederatedType, SequenceType, TensorType
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import inference
-from fedjax_core.language.bridge import member_function
-from fedjax_core.language.pieces import AT_CLIENTS, AT_SERVER, Home, Signature
+from fedjax_core.language.differentiation.bridge import member_function
+from fedjax_core.language.differentiation.pieces import AT_CLIENTS, AT_SERVER, Home, Signature
+from fedjax_core.language.differentiation.staging import rebuild
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.program import Program
-from fedjax_core.language.staging import rebuild
 from fedjax_core.language.tracing import member_of
 from fedjax_core.language.types import (
     FederatedType,
