@@ -4,9 +4,11 @@
     ├── FederatedTypeError    (TypeError)   a value, type or placement does not fit
     │   ├── PlacementError                  it lives at the wrong placement
     │   ├── FieldError        (AttributeError, IndexError) a field that a struct does not have
+    │   ├── MisplacedTypeError (ValueError)  a type where it may not stand
     │   └── CallError         (SyntaxError) a call of a value that is no function
     ├── ArgumentError         (ValueError)  an argument is out of range or inconsistent
     │   ├── CodecError                      a codec, or the bytes of a message
+    │   ├── NotExportableError              a computation of which JAX makes no artifact
     │   ├── PrivacyError                    a client's value that leaves past the aggregations
     │   └── DataError                       examples, labels, partitions
     │       └── UnknownClientError (KeyError)
@@ -71,3 +73,11 @@ class CallError(FederatedTypeError, SyntaxError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.msg = message  # what a SyntaxError prints
+
+
+class MisplacedTypeError(FederatedTypeError, ValueError):
+    """A type where it may not stand; a `ValueError` too, as in TFF."""
+
+
+class NotExportableError(ArgumentError):
+    """A computation of which JAX makes no artifact."""

@@ -21,12 +21,13 @@ _MAX_SUMMANDS = 1 << 15
 
 
 class WideInt(NamedTuple):
-    """An integer `high * 2**half + low`, where `half` is half the width of the words.
+    """An integer `(top * 2**half + middle) * 2**half + low`, with `half` half the words' width.
 
-    It holds the sum of 65,536 numbers of the word's whole range, and of more of smaller ones.
+    It holds the sum of 2**31 numbers of the word's whole range.
     """
 
-    high: jax.Array
+    top: jax.Array
+    middle: jax.Array
     low: jax.Array
 
 
@@ -39,7 +40,9 @@ def widen(x: jax.Array) -> WideInt:
     wide = x if jnp.iinfo(x.dtype).bits >= 32 else x.astype(_word(x.dtype))
     half = _half(wide)
     mask = wide.dtype.type((1 << half) - 1)
-    return WideInt(wide >> half, wide & mask)
+    is_signed = jnp.issubdtype(wide.dtype, jnp.signedinteger)
+    top = wide >> (2 * half - 1) if is_signed else jnp.zeros_like(wide)
+    return WideInt(top, (wide >> half) & mask, wide & mask)
 
 
 def _word(dtype: Any) -> Any:
@@ -47,32 +50,36 @@ def _word(dtype: Any) -> Any:
 
 
 def carry(x: WideInt) -> WideInt:
-    """The same number with `low` back in its range."""
+    """The same number with `middle` and `low` back in their range."""
     half = _half(x.low)
-    return WideInt(x.high + (x.low >> half), x.low & x.low.dtype.type((1 << half) - 1))
+    mask = x.low.dtype.type((1 << half) - 1)
+    middle = x.middle + (x.low >> half)
+    return WideInt(x.top + (middle >> half), middle & mask, x.low & mask)
 
 
 def saturate(x: WideInt, dtype: Any) -> jax.Array:
     """The integer of `dtype` that is nearest to `x`."""
-    half = _half(x.low)
-    is_unsigned = jnp.issubdtype(dtype, jnp.unsignedinteger)
-    word = jnp.dtype(f"{'uint' if is_unsigned else 'int'}{2 * half}")
+    half, word = _half(x.low), x.low.dtype
     limits = jnp.iinfo(word)
-    top, bottom = limits.max >> half, limits.min >> half
-    exact = (x.high.astype(word) << half) | x.low.astype(word)
+    is_signed = jnp.issubdtype(word, jnp.signedinteger)
+    sign = (x.middle >> (half - 1)) if is_signed else jnp.zeros_like(x.middle)
+    is_held = x.top + sign == 0  # all bits above the word are those of its sign
     largest, smallest = (jnp.asarray(bound, word) for bound in (limits.max, limits.min))
-    inside = jnp.where(x.high > top, largest, jnp.where(x.high < bottom, smallest, exact))
+    nearest = jnp.where(x.top < 0, smallest, largest) if is_signed else largest
+    inside = jnp.where(is_held, (x.middle << half) | x.low, nearest)
     narrow = jnp.iinfo(dtype)
     return jnp.clip(inside, word.type(narrow.min), word.type(narrow.max)).astype(dtype)
 
 
 def modulo(x: WideInt, modulus: int) -> jax.Array:
-    """`x % modulus` as uint32, for a sum of non-negative integers of up to 32 bits."""
+    """`x % modulus` as uint32, for a sum of non-negative integers, and at most 31 bits of it."""
     m = jnp.uint32(modulus)
-    rest = x.high.astype(jnp.uint32) % m
-    for _ in range(_half(x.low)):
-        rest = (rest * 2) % m  # below 2**32, because moduli have at most 31 bits
-    return (rest + x.low.astype(jnp.uint32) % m) % m
+    rest = x.top.astype(jnp.uint32) % m
+    for part in (x.middle, x.low):
+        for _ in range(_half(x.low)):
+            rest = (rest * 2) % m  # below 2**32
+        rest = (rest + part.astype(jnp.uint32) % m) % m
+    return rest
 
 
 def zero(t: Type) -> Any:
@@ -124,9 +131,9 @@ def _sum_wide(x: WideInt) -> WideInt:
     """The sum along axis 0, carried in between where there is too much to add at once."""
     num_lanes = x.low.shape[0]
     if num_lanes <= _MAX_SUMMANDS:
-        return carry(WideInt(jnp.sum(x.high, axis=0), jnp.sum(x.low, axis=0)))
+        return carry(WideInt(*(jnp.sum(word, axis=0, dtype=word.dtype) for word in x)))
     parts = [
-        _sum_wide(WideInt(x.high[i : i + _MAX_SUMMANDS], x.low[i : i + _MAX_SUMMANDS]))
+        _sum_wide(WideInt(*(word[i : i + _MAX_SUMMANDS] for word in x)))
         for i in range(0, num_lanes, _MAX_SUMMANDS)
     ]
     return _sum_wide(jax.tree.map(lambda *words: jnp.stack(words), *parts))
@@ -136,7 +143,7 @@ def merge(a: Any, b: Any) -> Any:
     """The sum of two totals."""
 
     def one(a: Any, b: Any) -> Any:
-        return carry(WideInt(a.high + b.high, a.low + b.low)) if _is_wide(a) else a + b
+        return carry(WideInt(*(x + y for x, y in zip(a, b, strict=True)))) if _is_wide(a) else a + b
 
     return jax.tree.map(one, a, b, is_leaf=_is_wide)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fedjax_core.bits import BitCount
@@ -164,12 +165,17 @@ def _count_result(_: Count, total: Partial) -> jax.Array:
 
 def _extreme_zero(op: Extreme, _: dict[int, Any]) -> Partial:
     template = inference.template(cast(FederatedType, op.type).member)
-    return Partial(jax.tree.map(lambda x: _neutral(op, x), template), _none())
+    return Partial(jax.tree.map(lambda x: neutral(op, x), template), _none())
 
 
-def _neutral(op: Extreme, x: Any) -> jax.Array:
+def neutral(op: Extreme, x: Any) -> jax.Array:
+    """What the smallest, or largest, of no values like `x` is."""
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.full(x.shape, -jnp.inf if op.is_max else jnp.inf, x.dtype)
+        infinity = -jnp.inf if op.is_max else jnp.inf
+        if np.isinf(np.asarray(infinity).astype(x.dtype)):
+            return jnp.full(x.shape, infinity, x.dtype)
+        limits = jnp.finfo(x.dtype)  # some dtypes of 8 bits have no infinity
+        return jnp.full(x.shape, limits.min if op.is_max else limits.max, x.dtype)
     limits = jnp.iinfo(x.dtype)
     return jnp.full(x.shape, limits.min if op.is_max else limits.max, x.dtype)
 
@@ -177,8 +183,8 @@ def _neutral(op: Extreme, x: Any) -> jax.Array:
 def _extreme_contribute(op: Extreme, inputs: list[Any], is_valid: jax.Array) -> Partial:
     present = is_present(op, inputs, is_valid)
     value = jax.tree.map(jnp.asarray, inputs[0])
-    neutral = jax.tree.map(lambda x: _neutral(op, x), value)
-    return Partial(select(present, value, neutral), _one_if(present))
+    nothing = jax.tree.map(lambda x: neutral(op, x), value)
+    return Partial(select(present, value, nothing), _one_if(present))
 
 
 def _extreme_add(op: Extreme, total: Partial, lanes: Partial) -> Partial:

@@ -149,6 +149,8 @@ class Interface:
         """The number of clients that all agree on."""
         if num_clients is not None:
             _check_count(self.name, num_clients)
+        if valid is not None:
+            _check_valid(self.name, valid)
         stated = {"valid": None if valid is None else len(valid), "num_clients": num_clients}
         known = {name: n for name, n in (sizes | stated).items() if n is not None}
         if len(set(known.values())) > 1:
@@ -167,9 +169,20 @@ class Interface:
 
 def _check_count(name: str, num_clients: Any) -> None:
     is_count = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
-    if not (is_count and num_clients >= 0):
+    if not (is_count and 0 <= num_clients < 1 << 31):
         raise ArgumentError(
-            f"`{name}` expected a number of clients of at least 0, got {num_clients=}; pass an int."
+            f"`{name}` expected a number of clients of at least 0, got {num_clients=}; pass an int "
+            "of at most 31 bits."
+        )
+
+
+def _check_valid(name: str, valid: Any) -> None:
+    is_array = isinstance(valid, np.ndarray | jax.Array)
+    array = valid if is_array else np.asarray(valid)
+    if array.ndim != 1 or (array.dtype.kind not in "biu" and array.size):
+        raise ArgumentError(
+            f"`{name}` expected `valid` to be a bool for each client, got {array.dtype}"
+            f"{list(array.shape)}; pass an array of bools with one axis."
         )
 
 

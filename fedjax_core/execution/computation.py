@@ -1,9 +1,10 @@
 """Computations: programs that can be called, composed, and lowered to JAX functions."""
 
+import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution import lowering, reference, sharding
 from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
 from fedjax_core.execution.config import Execution
@@ -23,7 +24,7 @@ from fedjax_core.language.local import TypedFunction, name_of, positional_names,
 from fedjax_core.language.program import Constant, Program, SecureSum
 from fedjax_core.language.tracing import Value
 from fedjax_core.language.types import FederatedType, FunctionType
-from fedjax_core.language.values import Federated
+from fedjax_core.language.values import Federated, Sequence
 
 
 class Computation(TypedFunction):
@@ -78,7 +79,8 @@ class Computation(TypedFunction):
         functions = {k: args[k] for k in self._functions() if not isinstance(args[k], Value)}
         if functions:
             rest = (arg for k, arg in enumerate(args) if k not in functions)
-            return self._bound(tuple(functions.items()))(*rest, num_clients=num_clients)
+            bound = self._with_functions(tuple(functions.items()))
+            return bound(*rest, num_clients=num_clients)
         if any(map(_holds_value, self.program.leaves_of(args))):
             return inline(self.program, args)
         return self._run(args, num_clients)
@@ -98,10 +100,36 @@ class Computation(TypedFunction):
                 f"`{self.program.name}` expected {len(indices)} functions, got {len(functions)}; "
                 "pass one for each parameter that is a function."
             )
-        return self._bound(tuple(zip(indices, functions, strict=True)))
+        return self._with_functions(tuple(zip(indices, functions, strict=True)))
+
+    def place(self, *args: Any, num_clients: int | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        """The arguments of a call as arrays, ready for `lower`, and for `jax.jit` and `lax.scan`.
+
+        Args:
+          *args: as for a call.
+          num_clients: needed only where no argument tells how many clients there are.
+          **kwargs: as for a call.
+
+        Returns:
+          A `Federated` for each placed parameter, a pytree of arrays for each unplaced one, structs
+          of placed values taken apart, in the order that `lower` takes them.
+
+        Raises:
+          FederatedTypeError: naming the argument, and the client, that does not fit.
+          ArgumentError: where arguments disagree on the number of clients.
+        """
+        return tuple(self._interface.take(args, kwargs, num_clients).leaves)
 
     def _functions(self) -> list[int]:
         return [k for k, t in enumerate(self.parameters) if isinstance(t, FunctionType)]
+
+    def _with_functions(self, functions: tuple[tuple[int, Any], ...]) -> "Computation":
+        try:
+            return self._bound(functions)
+        except TypeError:
+            if all(isinstance(function, Hashable) for _, function in functions):
+                raise
+        return self._bind(functions)  # what has no hash is not remembered
 
     def _bind(self, functions: tuple[tuple[int, Any], ...]) -> "Computation":
         return Computation(bind_functions(self.program, dict(functions)))
@@ -119,6 +147,10 @@ class Computation(TypedFunction):
           padding. `ledger` is a tuple of `BitCount`, one for each of `program.edges`: what this run
           sent over it. A secure sum clips what is out of its bounds.
         """
+        if not isinstance(execution, Execution):
+            raise ArgumentError(
+                f"Expected an Execution, got {execution!r}; pass fc.Execution(mode=...)."
+            )
 
         def lowered(*args: Any, valid: Any = None, num_clients: int | None = None) -> Any:
             outcome = self._evaluate(args, valid, num_clients, execution)
@@ -133,8 +165,14 @@ class Computation(TypedFunction):
     ) -> Outcome:
         program = self.program
         clients = self._interface.check(args, num_clients, valid)
-        values = {i: _bare(arg) for i, arg in zip(program.parameters, args, strict=True)}
+        pairs = zip(program.parameters, args, strict=True)
+        values = {i: _with_possible_lengths(_bare(arg)) for i, arg in pairs}
         if execution.mode == "reference":
+            if any(isinstance(x, Tracer) for x in jax.tree.leaves((args, valid))):
+                raise ArgumentError(
+                    f"`{program.name}`: expected concrete values for mode='reference', got values "
+                    "that JAX is tracing; call it outside of jit, or use another mode."
+                )
             keep = np.ones(clients, bool) if valid is None else np.asarray(valid, bool)
             return _run_reference(program, values, keep)
         valid = jnp.ones(clients, bool) if valid is None else jnp.asarray(valid, bool)
@@ -199,6 +237,18 @@ def _all_federated(args: tuple[Any, ...]) -> bool:
     return True
 
 
+def _with_possible_lengths(value: Any) -> Any:
+    """`value`, its sequences of a length that their capacity allows."""
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Sequence):
+            return x
+        numpy = np if isinstance(x.length, np.ndarray) else jnp
+        return dataclasses.replace(x, length=numpy.clip(x.length, 0, x.capacity))
+
+    return jax.tree.map(one, value, is_leaf=lambda x: isinstance(x, Sequence))
+
+
 def _bare(arg: Any) -> Any:
     return arg.value if isinstance(arg, Federated) else arg
 
@@ -259,6 +309,14 @@ class PolymorphicComputation:
 
     def __repr__(self) -> str:
         return f"{self.__name__}: a computation without declared types"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("program", "type_signature", "lower", "place", "parameters"):
+            raise AttributeError(
+                f"Expected declared types for .{name}, got `{self.__name__}`, which is traced for "
+                "the types it meets; choose them with for_types(...)."
+            )
+        raise AttributeError(name)
 
     def __call__(self, *args: Any, num_clients: int | None = None, **kwargs: Any) -> Any:
         """Runs the computation for the types of its arguments.

@@ -1,6 +1,5 @@
 """Evaluating one operation on members' values: what all ways to run a program share."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +67,7 @@ def call_local(local: Local, *args: Any) -> Any:
     """Evaluates a local computation on pytrees of arrays, under its own name in profiles."""
     args = jax.tree.map(jnp.asarray, args)
     traced = local.traced_for(args)
-    on_cpu = jax.default_backend() == "cpu"
-    leaves = _jitted(traced, local.name, on_cpu)(*jax.tree.leaves(args))
+    leaves = _compiled(traced, local.name)(*jax.tree.leaves(args))
     return jax.tree.unflatten(traced.out_tree, leaves)
 
 
@@ -79,8 +77,14 @@ def accumulate(local: Local, state: Any, member: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-@functools.lru_cache(maxsize=1024)
-def _jitted(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
+def _compiled(traced: Traced, name: str) -> Callable[..., Any]:
+    """A trace as a function of its own name, kept with it."""
+    key = name, jax.default_backend() == "cpu"
+    call = traced.compiled.get(key)
+    return call or traced.compiled.setdefault(key, _compile(traced, *key))
+
+
+def _compile(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
     jaxpr = rewrite_convolutions(traced.jaxpr) if on_cpu else traced.jaxpr
 
     def call(*leaves: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from fedjax_core.bits import BitCount
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.execution import accumulators
-from fedjax_core.execution.aggregations import accumulate, sum_types
+from fedjax_core.execution.aggregations import accumulate, neutral, sum_types
 from fedjax_core.execution.evaluation import call_local, evaluate
 from fedjax_core.execution.lowering import Outcome, Values, is_uniform
 from fedjax_core.language import feeding, inference
@@ -147,11 +147,7 @@ def _extreme(op: Extreme, members: list[Any]) -> Any:
     template = inference.template(cast(FederatedType, op.type).member)
 
     def one(x: Any, *values: Any) -> jax.Array:
-        is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        limits = jnp.finfo(x.dtype) if is_float else jnp.iinfo(x.dtype)
-        neutral = (-np.inf if op.is_max else np.inf) if is_float else None
-        neutral = (limits.min if op.is_max else limits.max) if neutral is None else neutral
-        result = np.full(x.shape, neutral, x.dtype)
+        result = np.asarray(neutral(op, x))
         for value in values:
             result = pick(result, np.asarray(value))
         return jnp.asarray(result)

@@ -185,7 +185,8 @@ def program_of(computation: Any, *args_or_types: Any) -> Program:
     program = getattr(computation, "program", None)
     if not isinstance(program, Program):
         raise ArgumentError(
-            f"Expected a federated computation with a program, got {computation!r}."
+            f"Expected a federated computation with a program, got {computation!r}; one that is "
+            "made for each size or type takes for_axis_size(...) or for_types(...) first."
         )
     if given:
         _check_arguments(program, given)

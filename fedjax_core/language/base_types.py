@@ -12,10 +12,6 @@ PLAIN_NAME = re.compile(r"[^\W\d]\w*")
 _MAX_SHOWN = 400
 
 
-class MisplacedTypeError(FederatedTypeError, ValueError):
-    """A type where it may not stand; a `ValueError` too, as in TFF."""
-
-
 class Misfit(NamedTuple):
     """The first place at which one type does not fit another.
 

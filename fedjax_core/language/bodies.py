@@ -251,19 +251,22 @@ def _append_bound(program: Program, values: dict[int, Value], functions: dict[in
             continue
         if isinstance(op, Apply) and op.inputs[0] in functions:
             args = tuple(values[i] for i in op.inputs[1:])
-            values[index] = _call(functions[op.inputs[0]], args, op)
+            values[index] = _call(functions[op.inputs[0]], program.ops[op.inputs[0]].type, args, op)
         else:
             inputs = tuple(position_of(values[i], builder, program.name) for i in op.inputs)
             values[index] = builder.add(dataclasses.replace(op, inputs=inputs))
     return jax.tree.map(lambda i: values[i], program.result_tree)
 
 
-def _call(function: Any, args: tuple[Value, ...], op: Apply) -> Value:
+def _call(function: Any, t: Type, args: tuple[Value, ...], op: Apply) -> Value:
     """A call of a function that is known by now."""
     name = f"the call of `{name_of(function)}` at {op.location or 'an unknown place'}"
     inner = getattr(function, "program", None)
     if isinstance(inner, Program) and any(isinstance(t, FederatedType) for t in inner.types):
         result = inline(inner, args)
+    elif t.contains(FederatedType):  # without declared types: traced for those of the parameter
+        body = getattr(function, "function", function)
+        result = inline(trace_program(body, tuple(arg.type_signature for arg in args)), args)
     else:
         result = apply_local(function, args, name)
     check_fits(op.type, result.type_signature, f"the result of {name}")

@@ -1,5 +1,6 @@
 """One level of a pytree: the fields of a container, and the container without them."""
 
+import dataclasses
 from collections import OrderedDict
 from typing import Any
 
@@ -34,9 +35,20 @@ def one_level(tree: Any) -> tuple[list[tuple[str | None, Any]], Any]:
     if any(not path for path, _ in paths):
         raise FederatedTypeError(
             f"Expected a registered pytree or an array, got {shorten(repr(tree))} of type "
-            f"{type(tree).__name__}."
+            f"{type(tree).__name__}; {_remedy(tree)}."
         )
     return [(_name_of(path[0]), child) for path, child in paths], container
+
+
+def differs_statically(ours: Any, theirs: Any) -> bool:
+    """Whether two containers are of one class, but differ in what that holds beside its fields.
+
+    Such are the static fields of a dataclass, of which a program knows those it was traced with.
+    """
+    mine, others = ours.node_data(), theirs.node_data()
+    if mine is None or others is None or mine[0] is not others[0]:
+        return False
+    return mine[0] not in (list, tuple, dict, OrderedDict) and bool(ours != theirs)
 
 
 def _name_of(key: Any) -> str | None:
@@ -45,6 +57,14 @@ def _name_of(key: Any) -> str | None:
     if isinstance(key, jax.tree_util.DictKey):
         return plain_str(key.key) if isinstance(key.key, str) else str(key.key)
     return None
+
+
+def _remedy(leaf: Any) -> str:
+    if isinstance(leaf, str):
+        return "for the type that a text stands for, use parse_type"
+    if dataclasses.is_dataclass(leaf):
+        return "register its class with jax.tree_util.register_dataclass"
+    return "convert it to an array, or make its class a pytree"
 
 
 def plain_str(name: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.language import inference, types
+from fedjax_core.language import containers, inference, types
 from fedjax_core.language.checks import check_fits
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import (
@@ -59,9 +59,24 @@ def _to_array(value: Any, t: TensorType, where: str) -> Any:
     dtype = inference.runtime_dtype(t.dtype)
     if value.dtype == dtype:
         return value
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu":
-        _check_range(np.asarray(value), t, where)
+    if isinstance(value, np.ndarray | np.generic):
+        return _narrowed(np.asarray(value), t, where)
     return value.astype(dtype)
+
+
+def _narrowed(array: np.ndarray, t: TensorType, where: str) -> np.ndarray:
+    """`array` in the dtype that arrays of type `t` have, if that holds its values."""
+    dtype = inference.runtime_dtype(t.dtype)
+    if np.dtype(dtype).kind in "iu":
+        _check_range(array, t, where)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if np.dtype(dtype).kind == "f" and np.any(np.isinf(narrow) & np.isfinite(array)):
+        raise FederatedTypeError(
+            f"{where}: expected values that {dtype} holds, up to {np.finfo(dtype).max}, got "
+            f"{np.max(np.abs(array))}; scale them, or declare a wider type."
+        )
+    return narrow
 
 
 def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
@@ -80,9 +95,7 @@ def _from_python(value: Any, t: TensorType, where: str) -> np.ndarray:
             f"{where}: expected {t}, got {value!r} of {type(value).__name__}; convert it, or "
             "declare another type."
         )
-    if target in "iu":
-        _check_range(array, t, where)
-    return array.astype(inference.runtime_dtype(t.dtype))
+    return _narrowed(array, t, where)
 
 
 def _check_range(array: np.ndarray, t: TensorType, where: str) -> None:
@@ -108,6 +121,7 @@ def _check_dtype(value: Any, t: TensorType, where: str) -> None:
 
 def _to_struct(value: Any, t: StructType, where: str) -> Any:
     children = _fields_of(value, t, where)
+    _check_static(value, t, where)
     fed = [
         to_member(child, child_type, f"{where}{_suffix(name, position)}")
         for position, ((name, child_type), child) in enumerate(
@@ -115,6 +129,17 @@ def _to_struct(value: Any, t: StructType, where: str) -> Any:
         )
     ]
     return jax.tree.unflatten(t.container, fed)
+
+
+def _check_static(value: Any, t: StructType, where: str) -> None:
+    if value is None or isinstance(value, list | tuple | Mapping):
+        return
+    given = types.one_level(value)[1]
+    if containers.differs_statically(t.container, given):
+        raise FederatedTypeError(
+            f"{where}: expected {t.container}, got {given}, of other static fields; declare the "
+            "type with these, or make them fields with values."
+        )
 
 
 def _suffix(name: str | None, position: int) -> str:
@@ -186,6 +211,10 @@ def _to_sequence(value: Any, t: SequenceType, where: str) -> Sequence:
             f"{where}: expected a list of examples of type {t.element}, got "
             f"{type(value).__name__}; wrap the examples in a list."
         )
+    is_rows = isinstance(t.element, TensorType) and t.element.shape is not None
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim and is_rows:
+        column = to_member(value, _with_leading_axis(t.element), f"{where}, an array of examples")
+        return _padded(column, column.shape[0])
     rows = [
         to_member(row, t.element, f"{where}, example {position}")
         for position, row in enumerate(value)
@@ -202,9 +231,13 @@ def _to_columns(value: Any, t: SequenceType, where: str) -> Sequence:
             f"{where}: expected columns of one number of examples, got {sizes}; pass a list of "
             "examples, or arrays with one row each."
         )
-    pad = lambda x: _pad(x, bucket(sizes[0]))  # noqa: E731
-    start, length = cast(Any, np.int32(0)), cast(Any, np.int32(sizes[0]))
-    return Sequence(jax.tree.map(pad, columns), start, length, bucket(sizes[0]))
+    return _padded(columns, sizes[0])
+
+
+def _padded(columns: Any, length: int) -> Sequence:
+    capacity = bucket(length)
+    rows = jax.tree.map(lambda x: _pad(x, capacity), columns)
+    return Sequence(rows, cast(Any, np.int32(0)), cast(Any, np.int32(length)), capacity)
 
 
 def _with_leading_axis(t: Type) -> Type:
@@ -218,7 +251,7 @@ def _with_leading_axis(t: Type) -> Type:
 def _stack_rows(rows: list[Any], t: SequenceType, capacity: int) -> Sequence:
     blank = inference.template(t.element)
     padding = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), blank)] * (capacity - len(rows))
-    elements = jax.tree.map(lambda *leaves: np.stack(leaves), *rows, *padding)
+    elements = jax.tree.map(lambda *leaves: _stack(leaves), *rows, *padding)
     return Sequence(elements, cast(Any, np.int32(0)), cast(Any, np.int32(len(rows))), capacity)
 
 

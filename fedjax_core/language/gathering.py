@@ -25,12 +25,20 @@ from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.program import (
     Aggregate,
     Collect,
+    Constant,
     Extreme,
     Request,
     Select,
     type_bits,
 )
-from fedjax_core.language.tracing import Value, current_builder, is_placed, operator, position_of
+from fedjax_core.language.tracing import (
+    Value,
+    builder_op,
+    current_builder,
+    is_placed,
+    operator,
+    position_of,
+)
 from fedjax_core.language.types import FederatedType, SequenceType, TensorType, Type
 
 
@@ -64,8 +72,9 @@ def federated_aggregate(
     merger = local_of(merge, (state, state), f"{what}: merge")
     for part, local in (("accumulate", accumulator), ("merge", merger)):
         check_fits(state, local.result, f"the result of `{part}`")
-    if not isinstance(zero, Value):
-        _check_neutral(merger, zero, state)
+    source = builder_op(start)
+    if isinstance(source, Constant):
+        _check_neutral(merger, source.value, state)
     reporter = local_of(report, (state,), f"{what}: report")
     builder = current_builder(what)
     return builder.add(

@@ -1,7 +1,6 @@
 """Local computations: JAX functions of one member's values, traced once per shape."""
 
 import dataclasses
-import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -28,6 +27,8 @@ class Traced:
 
     jaxpr: jex_core.ClosedJaxpr
     out_tree: Any
+    # What it was compiled to, kept here so that it does not outlive the program.
+    compiled: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Local:
     parameters: tuple[Type, ...]
     result: Type
     traces: dict[Any, Traced]
-    lock: threading.Lock
+    lock: Any  # one that its own thread may take again, for functions that call themselves
 
     def traced_for(self, args: tuple[Any, ...]) -> Traced:
         """The trace for arguments of the shapes of `args`, made on first use."""
@@ -61,8 +62,10 @@ class Local:
     def __call__(self, *args: Any) -> Any:
         """Evaluates the trace on pytrees of arrays."""
         traced = self.traced_for(args)
-        leaves = _jitted(traced)(*jax.tree.leaves(args))
-        return jax.tree.unflatten(traced.out_tree, leaves)
+        call = traced.compiled.get(())
+        if call is None:
+            call = traced.compiled.setdefault((), jax.jit(jex_core.jaxpr_as_fun(traced.jaxpr)))
+        return jax.tree.unflatten(traced.out_tree, call(*jax.tree.leaves(args)))
 
     def _specialise(self, args: tuple[Any, ...]) -> Traced:
         given = tuple(inference.infer_type(arg) for arg in args)
@@ -75,11 +78,6 @@ class Local:
                 f"sequences, got {result}; reduce over the positions, masked by the length."
             )
         return traced
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(traced: Traced) -> Callable[..., Any]:
-    return jax.jit(jex_core.jaxpr_as_fun(traced.jaxpr))
 
 
 def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local:
@@ -104,7 +102,7 @@ def trace_local(function: Any, parameters: tuple[Type, ...], what: str) -> Local
     args = tuple(inference.template(t, NOMINAL_CAPACITY) for t in parameters)
     traced, result = _trace(function, args, name)
     traces = {_shapes_key(args): traced}
-    return Local(function, name, parameters, result, traces, threading.Lock())
+    return Local(function, name, parameters, result, traces, threading.RLock())
 
 
 def name_of(function: Any) -> str:

@@ -17,6 +17,7 @@ They are used in the body of a federated computation and append one or a few ope
 program.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ from fedjax_core.language.program import (
     type_bits,
 )
 from fedjax_core.language.tracing import Value, current_builder, operator, position_of
-from fedjax_core.language.types import FederatedType, TensorType
+from fedjax_core.language.types import FederatedType, StructType, TensorType, Type
 
 
 @operator
@@ -123,11 +124,16 @@ def federated_sum(
     value = placed(value, CLIENTS, "federated_sum")
     member = federated_type_of(value, name).member
     check_members(inference.why_not_summable(member), value, "federated_sum", "numbers")
+    return _sum(value, present, name, member)
+
+
+def _sum(value: Value, present: Value | None, name: str, result: Type) -> Value:
+    """A sum of raw values, as a value of type `result` at the server."""
     builder = current_builder("federated_sum")
     inputs = (value, *presence(present, "federated_sum"))
     return builder.add(
         Sum(
-            type=FederatedType(member, SERVER),
+            type=FederatedType(result, SERVER),
             inputs=tuple(position_of(v, builder, "federated_sum") for v in inputs),
             label=name,
             has_presence=present is not None,
@@ -159,7 +165,8 @@ def federated_mean(
     """The mean of the clients' values: `<{T}@CLIENTS,{W}@CLIENTS> -> T@SERVER`, weights optional.
 
     The mean over no clients, or with a total weight of zero, is zero. A client of weight zero
-    counts for nothing even where its value is not finite.
+    counts for nothing even where its value is not finite. Sums are float32 at least, and so are
+    the products of values and weights that clients send.
 
     Args:
       value: floating-point numbers or structs of them, at the clients.
@@ -176,13 +183,49 @@ def federated_mean(
     member = federated_type_of(value, name).member
     reason = inference.why_not_averageable(member)
     check_members(reason, value, "federated_mean", "floating-point numbers")
+    finish = _divider(member)
     if weight is None:
-        total = federated_sum(value, codec=codec, present=present, name=name)
-        return federated_map(divide, total, federated_count(present))
+        if codec is None:
+            total = _sum(value, present, name, _wide(member))
+        else:
+            total = federated_sum(value, codec=codec, present=present, name=name)
+        return federated_map(finish, total, federated_count(present))
     weight = _scalar_weight(weight)
-    weighted = federated_map(multiply, value, weight)
+    weighted = federated_map(_multiply_wide if _wide(member) != member else multiply, value, weight)
     total = federated_sum(weighted, codec=codec, present=present, name=name)
-    return federated_map(divide, total, federated_sum(weight, present=present, name="weight"))
+    return federated_map(finish, total, federated_sum(weight, present=present, name="weight"))
+
+
+def _wide(t: Type) -> Type:
+    """`t` with its small floats as float32."""
+    if isinstance(t, StructType):
+        return StructType([(name, _wide(child)) for name, child in t.elements], t.container)
+    assert isinstance(t, TensorType)
+    is_small = jnp.issubdtype(t.dtype, jnp.floating) and jnp.finfo(t.dtype).bits < 32
+    return TensorType(np.float32, t.shape) if is_small else t
+
+
+def _divider(member: Type) -> Callable[..., Any]:
+    """`divide`, with a result of type `member` again."""
+    if _wide(member) == member:
+        return divide
+    template = inference.template(member)
+
+    def divide_wide(total: Any, weight: jax.Array) -> Any:
+        quotient = divide(total, weight)
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), quotient, template)
+
+    return divide_wide
+
+
+def _multiply_wide(value: Any, weight: jax.Array) -> Any:
+    return multiply(jax.tree.map(_as_float32, value), weight)
+
+
+def _as_float32(x: jax.Array) -> jax.Array:
+    """A small float as float32: products and sums of float16 end at 65,504."""
+    is_small = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if is_small else x
 
 
 def _scalar_weight(weight: Any) -> Value:
@@ -198,21 +241,24 @@ def _scalar_weight(weight: Any) -> Value:
             f"federated_mean: expected one scalar weight a client, an integer or float, got "
             f"{weight.type_signature}; compute one number a client in federated_map."
         )
-    # The sum of the weights has their dtype, and would overflow a small one.
-    return weight if member.dtype.itemsize >= 4 else federated_map(_widen, weight)
+    # The sum of the weights has their dtype, and a small one, or one of integers, would end early.
+    is_wide = jnp.issubdtype(member.dtype, jnp.floating) and jnp.finfo(member.dtype).bits >= 32
+    return weight if is_wide else federated_map(_widen, weight)
 
 
 def _widen(weight: jax.Array) -> jax.Array:
-    is_float = jnp.issubdtype(weight.dtype, jnp.floating)
-    return weight.astype(jnp.float32 if is_float else jnp.int32)
+    return weight.astype(jnp.float32)
 
 
 def multiply(value: Any, weight: jax.Array) -> Any:
-    """`weight * value`, rounded once to each leaf's dtype; zero where the weight is."""
+    """`weight * value`, rounded once to each leaf's dtype; zero where the weight is.
+
+    Only what is not finite is masked: the derivative by a weight of zero is the value.
+    """
 
     def scale(x: jax.Array) -> jax.Array:
-        product = (x * weight.astype(_at_least_float32(x))).astype(x.dtype)
-        return jnp.where(weight != 0, product, jnp.zeros_like(x))
+        x = jnp.where((weight != 0) | jnp.isfinite(x), x, jnp.zeros_like(x))
+        return (x * weight.astype(_at_least_float32(x))).astype(x.dtype)
 
     return jax.tree.map(scale, value)
 

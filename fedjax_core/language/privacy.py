@@ -109,6 +109,7 @@ def check_aggregated_only(
     words = _check_words(allow)
     program = program_of(computation)
     check_has_no_calls(program, PrivacyError)
+    _check_edges(words, program)
     return _Proof(program, words).report()
 
 
@@ -121,6 +122,18 @@ def _check_words(allow: Iterable[str]) -> tuple[str, ...]:
                 f"that of an edge, such as 'aggregate:quantiles'; got {word!r}."
             )
     return tuple(sorted(set(words)))
+
+
+def _check_edges(words: tuple[str, ...], program: Program) -> None:
+    """Raises for a name of an edge that the program does not have."""
+    labels = {op.label for _, op in program.edges}
+    for word in words:
+        _, colon, label = word.partition(":")
+        if colon and label not in labels:
+            raise ArgumentError(
+                f"allow: expected the name of one of the edges {sorted(labels)} of "
+                f"`{program.name}`, got {word!r}; see fc.communication."
+            )
 
 
 class _Proof:

@@ -117,6 +117,12 @@ class Edge(Op):
     label: str = "value"
     codec: Codec | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str):
+            raise FederatedTypeError(
+                f"Expected the name of an edge to be a string, got {self.label!r}; pass name='...'."
+            )
+
     def describe(self) -> str:
         """See `Op.describe`."""
         codec = f", codec={self.codec.name}" if self.codec else ""

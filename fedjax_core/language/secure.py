@@ -12,10 +12,12 @@ edge blind; the cryptography is not part of a simulation.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import inference, types
+from fedjax_core.language.base_types import shorten
 from fedjax_core.language.locations import location
 from fedjax_core.language.mapping import federated_type_of, placed
 from fedjax_core.language.placements import CLIENTS, SERVER
@@ -69,7 +71,14 @@ def federated_secure_sum(
     value = _integers(value, what)
     lower = _constants(min_input, value, f"{what}: min_input")
     upper = _constants(max_input, value, f"{what}: max_input")
-    for low, high in zip(lower, upper, strict=True):
+    leaves = jax.tree.leaves(inference.template(federated_type_of(value, what).member))
+    for leaf, low, high in zip(leaves, lower, upper, strict=True):
+        limits = jnp.iinfo(leaf.dtype)
+        if low > limits.max or high < limits.min:
+            raise ArgumentError(
+                f"{what}: expected bounds with values of {leaf.dtype} between them, got "
+                f"{shorten(low)} and {shorten(high)}; widen the bounds, or convert the values."
+            )
         if low > high:
             raise ArgumentError(
                 f"{what}: expected max_input to be at least min_input, got {high} and {low}; "

@@ -89,6 +89,10 @@ class Sequence:
         """
         capacity = _num_rows(elements)
         length = capacity if length is None else length
+        if jnp.ndim(length):
+            raise ArgumentError(
+                f"Expected one length, got {length!r}; for several sequences use jax.vmap."
+            )
         if isinstance(length, int) and not 0 <= length <= capacity:
             raise ArgumentError(f"Expected a length from 0 to {capacity}, the rows; got {length}.")
         return cls(elements, jnp.int32(0), jnp.asarray(length, jnp.int32), capacity)

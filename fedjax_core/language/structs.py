@@ -10,7 +10,12 @@ import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language.base_types import Misfit, Type, differs, field_name, shorten, step_to
-from fedjax_core.language.containers import default_container, one_level, plain_str
+from fedjax_core.language.containers import (
+    default_container,
+    differs_statically,
+    one_level,
+    plain_str,
+)
 from fedjax_core.language.dtypes import (
     Shape,
     as_dtype,
@@ -131,6 +136,8 @@ class StructType(Type):
                 return found.inside(step_to(ours, position))
         if len(self.elements) != len(source.elements):
             return _other_length(self, source)
+        if differs_statically(self.container, source.container):
+            return Misfit("(static fields)", str(self.container), str(source.container))
         return None
 
     def names(self) -> list[str | None]:

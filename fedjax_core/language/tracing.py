@@ -226,6 +226,11 @@ def explain(error: TypeError, name: str) -> None:
         ) from error
 
 
+def builder_op(value: Value) -> Op:
+    """The operation that made a value."""
+    return value._builder.ops[value._position]
+
+
 def member_of(t: Type) -> Type:
     """The type of one member's value; `t` itself where it is not placed."""
     return t.member if isinstance(t, FederatedType) else t

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import MisplacedTypeError as MisplacedTypeError
 from fedjax_core.language.base_types import PLAIN_NAME, differs, shorten
 from fedjax_core.language.base_types import Misfit as Misfit
-from fedjax_core.language.base_types import MisplacedTypeError as MisplacedTypeError
 from fedjax_core.language.base_types import Type as Type
 from fedjax_core.language.containers import one_level as one_level
 from fedjax_core.language.containers import plain_str

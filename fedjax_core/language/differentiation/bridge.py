@@ -12,7 +12,7 @@ the server's values from a client's there; `staging` infers it from the edges ag
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad, batching
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.language import types
+from fedjax_core.language import inference, types
 from fedjax_core.language.local import Local, Traced
 from fedjax_core.language.program import (
     Apply,
@@ -39,6 +39,7 @@ from fedjax_core.language.program import (
     Sum,
     Zip,
 )
+from fedjax_core.language.types import FederatedType
 
 
 class Tag(NamedTuple):
@@ -265,6 +266,9 @@ def _cross(op: Edge, inputs: list[Any], tag: Tag) -> Any:
     """The value of an edge, leaf by leaf."""
     value, *present = inputs
     present = list(map(_mark, present, op.inputs[1:]))
+    if isinstance(op, Sum):  # of small floats the sum may be wider
+        wanted = inference.template(cast(FederatedType, op.type).member)
+        value = jax.tree.map(lambda x, s: jnp.asarray(x).astype(s.dtype), value, wanted)
     leaves, tree = jax.tree.flatten(value)
     tag = tag._replace(tree=tree)
     bind: Callable[..., Any] = (broadcast_p if isinstance(op, Broadcast) else sum_p).bind
@@ -280,14 +284,18 @@ def _cross(op: Edge, inputs: list[Any], tag: Tag) -> Any:
 def _call(local: Local, args: tuple[Any, ...]) -> Any:
     args = jax.tree.map(jnp.asarray, args)
     traced = local.traced_for(args)
-    leaves = _jitted(traced, local.name)(*jax.tree.leaves(args))
+    leaves = _compiled(traced, local.name)(*jax.tree.leaves(args))
     return jax.tree.unflatten(traced.out_tree, leaves)
 
 
-@functools.lru_cache(maxsize=1024)
-def _jitted(traced: Traced, name: str) -> Callable[..., Any]:
+def _compiled(traced: Traced, name: str) -> Callable[..., Any]:
     """A call under its own name, which survives differentiation."""
+    key = "bridge", name
+    call = traced.compiled.get(key)
+    return call or traced.compiled.setdefault(key, _compile(traced, name))
 
+
+def _compile(traced: Traced, name: str) -> Callable[..., Any]:
     def call(*leaves: Any) -> list[Any]:
         return jex_core.jaxpr_as_fun(traced.jaxpr)(*leaves)
 
