@@ -135,6 +135,31 @@ def test_the_temperatures_are_right(tutorials):
     assert names["get_fraction_over"]([68.5, 70.3, 69.8, 71.2], 70.0) == 2 / 4
 
 
+def test_training_runs_as_in_closed_form(tutorials):
+    """Steps of the gradient -2 (sum of x y - slope * sum of x x) / 3 towards the slope 9 / 6."""
+    names = tutorials["running"].namespace
+    expected = 1.5 * (1 - (1 - 0.1 * 2 * 6 / 3) ** np.arange(1, 11))
+    np.testing.assert_allclose(names["slopes"], expected, rtol=1e-5)
+    np.testing.assert_allclose(names["swept"].slope.value, [0.0, 0.6, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(names["gradient"].value, -2 * 9 / 3, rtol=1e-6)
+
+
+def test_the_loop_of_the_tutorial_is_that_of_the_library(tutorials):
+    """Another cohort, of an even number, and its lower median."""
+    names = tutorials["running"].namespace
+    readings = np.array([3.0, 9.0, 4.0, 5.0, 1.0, 7.0], np.float32)
+    clients = [{"reading": x} for x in readings]
+    server, collects = {"tolerance": np.float32(2.0)}, {"readings": "reading"}
+    results, kept, ledger = names["drive"](names["form"], server, clients, collects)
+    middle = np.sort(readings)[2]
+    is_odd = np.abs(readings - middle) > 2
+    assert {name: x.item() for name, x in results.items()} == {"median": 4.0, "number": 3}
+    assert np.array_equal(kept["is_odd"], is_odd)
+    assert [int(bits) for bits in ledger] == [6 * 32] * 4
+    whole = names["form"].run(readings, 2.0)
+    assert (whole["middle"], whole["number"]) == (middle, is_odd.sum())
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

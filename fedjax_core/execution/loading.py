@@ -88,8 +88,8 @@ class LoadedComputation:
     """A computation read from a file: called like the one that was exported.
 
     Containers are not in the file: structs with names come back as ordered dicts, others as tuples,
-    and arguments are matched by name. It can be traced by `jax.jit`, but neither differentiated nor
-    put into other computations.
+    and arguments are matched by name. It can be traced by `jax.jit`, but not be differentiated, go
+    through `jax.vmap`, or be put into other computations: transform first, then export.
 
     Attributes:
       manifest: what the file says of it.

@@ -91,7 +91,10 @@ class MapReduceForm:
       program: the whole.
       type_signature: the type of the whole.
       stages: for each round trip its pieces.
-      update: the piece that computes the server's results from its arguments and all reports.
+      update: the piece that computes the results that are the same for all, from the server's
+        arguments and all reports. They are called after what makes them, not after their places in
+        the result, which the last line of the printed `program` shows. What clients have as
+        results is in the `kept` of their work.
       ledger: the piece that counts what was sent on each edge.
     """
 
@@ -272,6 +275,7 @@ class MapReduceForm:
         """Writes each piece to a file of its own, which `load` reads, and `form.json` about them.
 
         The files are called after stage and piece, such as `0_work`, and `update` and `ledger`.
+        Loaded pieces take and return dicts, in the place of `Output` and `Report` too.
 
         Args:
           directory: made if it does not exist.

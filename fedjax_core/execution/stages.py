@@ -12,17 +12,24 @@ A stage is one round trip. In each,
 where `server` holds the arguments that are the same everywhere, `client` those of one client, and
 `reports` what the stages before reported. After all stages `update(server, *reports)` computes the
 results, and `ledger(server, num_clients, *reports)` what was sent.
+
+Values travel in dicts. Arguments have the names of the parameters; other values are called after
+what makes them: an edge after its `name`, a local computation after its function. Of values that
+would share a name, the later ones get a number, as in `value_2`. The type of a piece has the names.
+What clients send one by one is among `output.kept`, under the name of the client's value, and the
+driver puts it into `report.collected`, as a `Sequence` under the name of the edge.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_core.bits import BitCount
+from fedjax_core.errors import ArgumentError
 from fedjax_core.execution.aggregations import AGGREGATIONS, message_bits, sent
 from fedjax_core.execution.evaluation import call_local
 from fedjax_core.execution.plan import Plan, Values, client_inputs, server_inputs
@@ -38,7 +45,8 @@ class Output(NamedTuple):
 
     Attributes:
       contribution: to each aggregation of the stage, by name.
-      kept: values that stay one for each client, by name: results, and what is collected.
+      kept: values that stay one for each client, by name: its own results, and what is to be
+        collected.
     """
 
     contribution: dict[str, Any]
@@ -51,7 +59,9 @@ class Report(NamedTuple):
     Attributes:
       values: the results of its aggregations, by name.
       bits: what the clients sent for each that is an edge.
-      collected: the sequences of what clients sent one by one, which the driver makes.
+      collected: the sequences of what clients sent one by one, by the names of the edges. The
+        piece `report` leaves it empty, for it never sees the clients: the driver fills it with
+        `report._replace(collected={name: sequence})`.
     """
 
     values: dict[str, Any]
@@ -87,12 +97,36 @@ class Piece:
         return f"{self.name}: {self.type_signature}"
 
     def __call__(self, *args: Any) -> Any:
-        """Evaluates it, compiled."""
+        """Evaluates it, compiled.
+
+        Args:
+          *args: a dict for each of `parameters`, with the names of its type; for a `report_0` the
+            `Report` of that stage.
+
+        Raises:
+          ArgumentError: for another number of arguments, or another name in one of them.
+        """
+        self._check(args)
         return self._compiled(*args)
 
     def consume(self, *args: Any) -> Any:
         """As a call, after which the arguments `reuses` are gone."""
+        self._check(args)
         return self._donating(*args)
+
+    def _check(self, args: tuple[Any, ...]) -> None:
+        names = [name for name, _ in self.parameters]
+        if len(args) != len(names):
+            raise ArgumentError(
+                f"{self.name}: expected {len(names)} arguments, {', '.join(names)}, got "
+                f"{len(args)}; pass each of them, in this order."
+            )
+        for (name, t), value in zip(self.parameters, args, strict=True):
+            where = f"argument `{name}` of {self.name}"
+            if name.startswith("report_"):
+                _check_report(value, t, where)
+            elif isinstance(t, StructType):
+                _check_names(value, t, where)
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
@@ -112,6 +146,41 @@ class Stage(NamedTuple):
     accumulate: Piece
     merge: Piece
     report: Piece
+
+
+def _check_report(report: Any, t: Type, where: str) -> None:
+    if not isinstance(report, Report):
+        raise ArgumentError(
+            f"{where}: expected a Report, got {type(report).__name__}; pass what the piece `report`"
+            " of that stage returned."
+        )
+    for field, part in cast(StructType, t).elements:
+        _check_names(getattr(report, str(field)), part, f"{where}, `{field}`")
+
+
+def _check_names(value: Any, t: Type, where: str) -> None:
+    """Raises unless `value` is a dict of the names in `t`."""
+    expected = cast(StructType, t).names()
+    if not isinstance(value, Mapping):
+        raise ArgumentError(
+            f"{where}: expected a dict with the names {expected}, got {type(value).__name__}; put "
+            "the values into one."
+        )
+    missing = [name for name in expected if name not in value]
+    unknown = sorted(str(name) for name in value if name not in expected)
+    if missing or unknown:
+        raise ArgumentError(
+            f"{where}: expected the names {expected}, got {sorted(map(str, value))}; "
+            f"{_remedy(missing, unknown, where)}."
+        )
+
+
+def _remedy(missing: list[Any], unknown: list[str], where: str) -> str:
+    parts = [f"add {missing}"] if missing else []
+    parts += [f"leave out {unknown}"] if unknown else []
+    if missing and where.endswith("`collected`"):
+        parts.append("fill it with report._replace(collected=...): a Sequence of what clients kept")
+    return " and ".join(parts)
 
 
 def type_of(value: Any) -> Type:

@@ -209,6 +209,69 @@ def test_a_driver_of_ones_own():
     assert int(bits) == 2 * 96
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"serve": 1.0},
+            r"expected the names \['server'\], got \['serve'\]; add \['server'\] and ",
+        ),
+        ({"server": 1.0, "x": 2.0}, r"got \['server', 'x'\]; leave out \['x'\]\.$"),
+        ({}, r"got \[\]; add \['server'\]\.$"),
+        (1.0, "expected a dict with the names .* got float; put the values into one"),
+    ],
+)
+def test_a_piece_names_what_is_missing_and_unknown(wrong, message):
+    stage = form("three_trips").stages[0]
+    for piece in (stage.zero, stage.prepare):
+        with pytest.raises(ArgumentError, match=f"argument `server` of {piece.name}: .*{message}"):
+            piece(wrong)
+
+
+def test_every_argument_of_a_piece_is_checked():
+    """Clients, accumulators and contributions too; and by `consume`, before memory is reused."""
+    parts = form("mean")
+    total, context = parts.zero({}), parts.prepare({})
+    with pytest.raises(ArgumentError, match=r"`client` of work: .*add \['x'\] and leave out \['y'"):
+        parts.work(context, {"y": jnp.zeros(3)})
+    with pytest.raises(ArgumentError, match="`contribution` of accumulate: expected the names"):
+        parts.accumulate.consume(total, {})
+    assert not any(x.is_deleted() for x in jax.tree.leaves(total))
+    with pytest.raises(ArgumentError, match="merge: expected 2 arguments, accumulator, other, got"):
+        parts.merge(total)
+
+
+def test_a_report_without_what_was_collected():
+    first, second = form("collected").stages
+    report, prepare = first.report(first.zero({})), second.prepare
+    with pytest.raises(
+        ArgumentError, match=r"`report_0` of prepare, `collected`: .* add \['value'"
+    ):
+        prepare({}, report)
+    with pytest.raises(ArgumentError, match=r"fill it with report\._replace\(collected="):
+        form("collected").update({}, report, report)
+    with pytest.raises(ArgumentError, match="expected a Report, got dict"):
+        prepare({}, report._asdict())
+    with pytest.raises(ArgumentError, match="expected 2 arguments, server, report_0, got 1"):
+        prepare({})
+    rows = fc.Sequence.from_elements(jnp.ones((2, 3)))
+    (total,) = prepare({}, report._replace(collected={"value": rows})).values()
+    assert total.tolist() == [2.0] * 3
+
+
+def test_pieces_can_be_traced():
+    """Names are known while JAX traces, so the check costs nothing in compiled code."""
+    parts = form("mean")
+
+    @jax.jit
+    def total(x):
+        output = parts.work(parts.prepare({}), {"x": x})
+        return parts.report(parts.accumulate(parts.zero({}), output.contribution)).values
+
+    (value,) = [x for x in total(jnp.ones(3)).values() if x.shape]
+    assert value.tolist() == [1.0] * 3
+
+
 def test_pieces_have_types():
     """A stage's functions fit together: what one returns, the next one takes."""
     parts = form("coded")
