@@ -3,11 +3,11 @@
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
@@ -113,17 +113,29 @@ def name_of(function: Any) -> str:
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tuple[Traced, Type]:
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.map(_shape_of, args))
-    for const in jaxpr.consts:
-        if isinstance(const, Tracer):
-            raise FederatedTypeError(
-                f"`{name}` captures {const}, a value that JAX is tracing outside of it. A "
-                "federated computation outlives that trace: pass the value as an argument instead."
-            )
+    _check_captured(jaxpr.consts, name)
     if shapes is None:
         raise FederatedTypeError(
             f"`{name}` returned None: expected a pytree of arrays; add a return."
         )
     return Traced(jaxpr, jax.tree.structure(shapes)), inference.infer_type(shapes)
+
+
+def _check_captured(consts: Iterable[Any], name: str) -> None:
+    """Raises unless all that a function takes from around it are arrays that never change."""
+    for const in consts:
+        if isinstance(const, Tracer):
+            raise FederatedTypeError(
+                f"`{name}` captures {const}, a value that JAX is tracing outside of it. A "
+                "federated computation outlives that trace: pass the value as an argument instead."
+            )
+        if not isinstance(jax.typeof(const), ShapedArray):
+            raise FederatedTypeError(
+                f"`{name}` captures {jax.typeof(const)}, which can be written to: expected a pure "
+                "function, whose arguments and results are all that goes in and out. Pass the "
+                "value as an argument and return the new one; a jax.new_ref made inside of the "
+                "function may be used."
+            )
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

@@ -67,8 +67,10 @@ def check_aggregated_only(
     The proof is by types and data flow. A client's value is any argument placed at the clients,
     what a call out of JAX returns there, and all that is computed from them at the clients. It has
     to end in an allowed aggregation, or stay at the clients. No function that sees it may call
-    Python (`jax.debug.print`, `io_callback`, `pure_callback` and their kin) or foreign code: that
-    would be another way out. The same holds for what the server runs on each client's message: a
+    Python (`jax.debug.print`, `io_callback`, `checkify.check` and their kin) or foreign code: that
+    would be another way out. What hides its code counts as such a call: rules of `custom_vmap` and
+    `custom_partitioning`, random keys of generators that are not JAX's own, and primitives that are
+    expanded by code of others. The same holds for what the server runs on each client's message: a
     codec's decoder, and `accumulate` and `merge` of a general aggregation.
 
     How many clients answer is never a secret to the server: `federated_count` is always allowed,
@@ -79,14 +81,17 @@ def check_aggregated_only(
       computation: a `Computation`, or anything else with a `program`.
       allow: names of operators, without `federated_`: "sum", "mean" (the same as "sum"), "min",
         "max", "aggregate", "collect", "select", "count", "secure_sum", "secure_modular_sum"; or of
-        edges: "aggregate:quantiles" is the general aggregation with `name="quantiles"`.
+        edges: "aggregate:quantiles" is the general aggregation with `name="quantiles"`. A weighted
+        mean takes two sums: "mean:loss" allows the sum called "loss" and that called "weight";
+        "sum:loss" the former alone.
 
     Returns:
       A `PrivacyReport`.
 
     Raises:
       PrivacyError: with the path from a client's value to where it leaves.
-      ArgumentError: for a name that is not known, or if there is no program.
+      ArgumentError: for a name that is not known, of an operator or of an edge, or if there is no
+        program.
 
     Note:
       Not covered: what a sum over very few clients tells, or several sums over cohorts that differ
@@ -96,6 +101,8 @@ def check_aggregated_only(
       not traced is not seen: rules of `custom_vjp` and `custom_jvp` for derivatives that the
       program does not take (check the differentiated computation), functions of sequences for
       capacities not met yet (check again after a run), and primitives with a lowering of their own.
+      Classes that are registered with JAX as pytrees are trusted: their flattening and unflattening
+      is Python that runs on the values before and after the traced code.
 
     Examples:
       >>> import numpy as np
@@ -114,6 +121,11 @@ def check_aggregated_only(
 
 
 def _check_words(allow: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(allow, Iterable):
+        raise ArgumentError(
+            f"allow: expected names of operators, such as ('sum', 'max'), got {allow!r}; pass () "
+            "to allow secure sums and counts only."
+        )
     words = (allow,) if isinstance(allow, str) else tuple(allow)
     for word in words:
         if not isinstance(word, str) or word.split(":")[0] not in _WORDS:
@@ -134,6 +146,13 @@ def _check_edges(words: tuple[str, ...], program: Program) -> None:
                 f"allow: expected the name of one of the edges {sorted(labels)} of "
                 f"`{program.name}`, got {word!r}; see fc.communication."
             )
+
+
+def _allowed_by(word: str) -> list[tuple[str, str]]:
+    """The operators that `word` allows, each with the name of its edge, or "" for any."""
+    head, _, label = word.partition(":")
+    weights = [("sum", "weight")] if head == "mean" and label else []
+    return [(_WORDS[head], label), *weights]
 
 
 class _Proof:
@@ -185,7 +204,7 @@ class _Proof:
     def _is_allowed(self, op: Op) -> bool:
         name = operator_name(op)
         label = op.label if isinstance(op, Edge) else ""
-        words = {(_WORDS[head], edge) for head, _, edge in (w.partition(":") for w in self.words)}
+        words = {pair for word in self.words for pair in _allowed_by(word)}
         return name in _ALWAYS or (name, "") in words or (name, label) in words
 
     def _refuse_crossing(self, i: int, op: Op) -> None:

@@ -299,8 +299,23 @@ def as_value(leaf: Any, what: str) -> Value:
 
 def _add_zip(values: list[Value], container: Any, t: Type, what: str) -> Value:
     builder = current_builder(what)
+    _check_keeps_fields(container, len(values), what)
     inputs = tuple(position_of(value, builder, what) for value in values)
     return builder.add(Zip(type=t, inputs=inputs, tree=container, location=location()))
+
+
+def _check_keeps_fields(container: Any, num_fields: int, what: str) -> None:
+    """Raises for a container that gives back other fields than it was made of."""
+    marks = [object() for _ in range(num_fields)]
+    try:
+        fields = jax.tree.leaves(jax.tree.unflatten(container, marks))
+    except Exception:  # it takes nothing but arrays
+        return
+    if len(fields) != num_fields or any(x is not y for x, y in zip(fields, marks, strict=True)):
+        raise FederatedTypeError(
+            f"{what}: expected a pytree whose flatten undoes its unflatten, got {container}; mend "
+            "the registration of its class."
+        )
 
 
 def _zip_placed(values: list[Value], container: Any, what: str) -> Value:

@@ -151,3 +151,17 @@ def test_dead_computations_take_their_arrays_with_them():
     jax.clear_caches()
     gc.collect()
     assert watched() is None
+
+
+def test_containers_keep_their_fields():
+    """A pytree that exchanges its fields would let a value take the place of another."""
+
+    class Exchanged:
+        def __init__(self, fields: Any) -> None:
+            self.fields = fields
+
+    jax.tree_util.register_pytree_node(
+        Exchanged, lambda x: (x.fields, None), lambda _, fields: Exchanged(fields[::-1])
+    )
+    with pytest.raises(FederatedTypeError, match="flatten undoes its unflatten"):
+        define(lambda x, y: fc.federated_zip(Exchanged((x, y))), F32, F32)

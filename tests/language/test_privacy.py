@@ -3,15 +3,19 @@
 import dataclasses
 
 import jax
+import jax.custom_batching
+import jax.extend
+import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import io_callback
+from jax.experimental import checkify, io_callback
+from jax.experimental.custom_partitioning import custom_partitioning
 
 import fedjax_core as fc
 from fedjax_core import aggregators, compression, models
-from fedjax_core.errors import ArgumentError, PrivacyError
+from fedjax_core.errors import ArgumentError, FederatedTypeError, PrivacyError
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.privacy import check_aggregated_only
 from fedjax_core.language.program import Constant, Get, Map, Parameter, Program, Zip
@@ -133,7 +137,7 @@ def count_up(x, name="value"):
 def test_what_is_not_allowed_is_refused_with_its_path(operator, word):
     def leak(readings):
         squared = fc.federated_map(jnp.square, readings)
-        return operator(squared, name="raw")
+        return operator(squared, name="raw"), fc.federated_sum(squared, name="other")
 
     leak = trace(leak)
     message = refusal(leak)
@@ -143,7 +147,7 @@ def test_what_is_not_allowed_is_refused_with_its_path(operator, word):
     assert "map[square](%0)" in path[1]
     assert f"{word}[raw](" in path[2]
     assert all("test_privacy.py:" in line for line in path[1:])
-    for allow in ((word,), (f"{word}:raw",)):
+    for allow in ((word, "sum"), (f"{word}:raw", "sum:other")):
         assert check_aggregated_only(leak, allow=allow).crossings[0].operator == word
     assert f"'{word}:raw'" in refusal(leak, allow=("sum", f"{word}:other"))
 
@@ -176,6 +180,31 @@ def test_secure_sums_and_counts_are_always_allowed(allow):
 def test_a_mean_is_a_sum():
     for word in ("sum", "mean", "mean:value"):
         assert check_aggregated_only(trace(fc.federated_mean), allow=[word]).allowed == (word,)
+
+
+def test_a_weighted_mean_is_allowed_by_its_name():
+    """It sends two sums, of which only one has the name that was given."""
+
+    def body(x, w):
+        return fc.federated_mean(x, w, name="loss"), fc.federated_sum(w, name="examples")
+
+    mean = trace(body, FLOAT, FLOAT)
+    assert len(check_aggregated_only(mean, allow=("mean:loss", "sum:examples")).crossings) == 3
+    assert "'sum:examples'" in refusal(mean, allow="mean:loss")
+    assert "'sum:weight'" in refusal(mean, allow=("sum:loss", "sum:examples"))
+    assert len(check_aggregated_only(mean, allow=("sum:loss", "sum:weight", "sum:examples")))
+
+
+@pytest.mark.parametrize("word", ["collect:", "sum:", "sum:other", "count:x"])
+def test_names_that_no_edge_has_are_refused(word):
+    with pytest.raises(ArgumentError, match=r"one of the edges \['value'\]"):
+        check_aggregated_only(trace(fc.federated_sum), allow=("sum", word))
+
+
+@pytest.mark.parametrize("allow", [None, 3, [None], [("sum",)]], ids=str)
+def test_what_is_no_list_of_names_is_refused(allow):
+    with pytest.raises(ArgumentError, match="allow: expected names"):
+        check_aggregated_only(trace(fc.federated_sum), allow=allow)
 
 
 @pytest.mark.parametrize("word", ["summ", "broadcast", "", 3], ids=str)
@@ -431,6 +460,219 @@ def test_every_trace_is_searched():
     check_aggregated_only(compute)
     assert compute([[1.0, 2.0, 3.0, 4.0, 5.0]]) == 15
     assert "debug_callback" in refusal(compute)
+
+
+# Ways around the search.
+
+
+def in_root(f):
+    """What solves the tangent's equation is hidden in the primitive until JAX expands it."""
+
+    def function(x):
+        return jax.lax.custom_root(
+            lambda y: y**2 - x, x, lambda _, start: start * 0.5, lambda g, y: f(y / g(1.0))
+        )
+
+    return lambda x: jax.jvp(jax.jit(function), (x,), (x,))[1]
+
+
+def in_solution(f):
+    return lambda x: jax.lax.custom_root(
+        lambda y: y - x, x, lambda _, start: f(start), lambda g, y: y / g(1.0)
+    )
+
+
+def in_linear_solve(f):
+    return lambda x: jax.lax.custom_linear_solve(
+        lambda v: 2 * v, x, lambda _, b: f(b / 2), symmetric=True
+    )
+
+
+def in_reduction(f):
+    return lambda x: jax.lax.reduce(x[None], np.float32(0), lambda a, b: f(a + b) + a * b, (0,))
+
+
+def in_kernel(f):
+    def kernel(source, target):
+        target[...] = f(source[...])
+
+    return lambda x: in_pallas(kernel, lambda i: (i,))(x)
+
+
+def in_index_map(f):
+    def index(i):
+        f(i)
+        return (i,)
+
+    def kernel(source, target):
+        target[...] = source[...]
+
+    return lambda x: in_pallas(kernel, index)(x)
+
+
+def in_pallas(kernel, index):
+    pallas = pytest.importorskip("jax.experimental.pallas")
+    call = pallas.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((2,), jnp.float32),
+        grid=(2,),
+        in_specs=[pallas.BlockSpec((1,), index)],
+        out_specs=pallas.BlockSpec((1,), lambda i: (i,)),
+        interpret=True,
+    )
+    return lambda x: call(jnp.stack([x, x])).sum()
+
+
+@pytest.mark.parametrize(
+    "wrapper", [in_root, in_solution, in_linear_solve, in_reduction, in_kernel, in_index_map]
+)
+def test_calls_hidden_in_parameters_are_found(wrapper):
+    leak = trace(lambda x: fc.federated_sum(fc.federated_map(wrapper(debug_callback), x)))
+    assert "(debug_callback in " in refusal(leak)
+
+
+def test_what_jax_hides_without_a_call_is_accepted():
+    """A root, and JAX's own functions of which no body can be seen."""
+
+    def work(x):
+        edges = jnp.arange(4.0)
+        return (
+            in_root(jnp.sin)(x) + jnp.searchsorted(edges, x) + jnp.nonzero(edges, size=2)[0].sum()
+        )
+
+    report = check_aggregated_only(trace(lambda x: fc.federated_sum(fc.federated_map(work, x))))
+    assert report.outside_calls == ()
+
+
+@pytest.mark.parametrize(
+    "wrapper", [lambda f: f, in_jit, in_scan, in_cond], ids=["plain", "jit", "scan", "cond"]
+)
+def test_references_from_outside_are_refused(wrapper):
+    """A function that writes elsewhere is not pure, and whoever holds the reference sees it."""
+    stolen = jax.new_ref(jnp.float32(0))
+
+    def work(x):
+        stolen[...] = x
+        return x
+
+    with pytest.raises(FederatedTypeError, match=r"captures Ref.*can be written to.*argument"):
+        trace(lambda x: fc.federated_sum(fc.federated_map(wrapper(work), x)))
+
+
+def test_references_of_a_functions_own_are_allowed():
+    def work(x):
+        own = jax.new_ref(x)
+        own[...] = 2 * own[...]
+        return own[...]
+
+    double = trace(lambda x: fc.federated_sum(fc.federated_map(work, x)))
+    assert check_aggregated_only(double).outside_calls == ()
+    assert double([1.0, 2.0]) == 6
+
+
+def generator(name):
+    """A generator of random numbers that may do anything with the seeds that it is given."""
+
+    def zeros(shape):
+        return jnp.zeros(shape, jnp.uint32)
+
+    return jax.extend.random.define_prng_impl(
+        key_shape=(2,),
+        seed=lambda seed: zeros(2),
+        split=lambda key, shape: zeros((*shape, 2)),
+        random_bits=lambda key, width, shape: zeros(shape),
+        fold_in=lambda key, data: key,
+        name=name,
+        tag="fry",
+    )
+
+
+@pytest.mark.parametrize("name", ["other", "threefry2x32"])
+def test_random_keys_of_other_generators_are_refused(name):
+    """Whatever they call themselves."""
+    own = generator(name)
+
+    def draw(x):
+        return x + jax.random.uniform(jax.random.key(0, impl=own))
+
+    message = refusal(trace(lambda x: fc.federated_sum(fc.federated_map(draw, x))))
+    assert "(key<fry> in random_seed)" in message
+    captured = jax.random.key(0, impl=own)
+    late = trace(lambda x: fc.federated_sum(fc.federated_map(lambda v: v + taken(captured), x)))
+    assert "key<fry>" in refusal(late)
+
+
+def taken(key):
+    return jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_random_keys_of_jax_are_accepted(impl):
+    def draw(x):
+        return x + taken(jax.random.split(jax.random.key(0, impl=impl))[0])
+
+    check_aggregated_only(trace(lambda x: fc.federated_sum(fc.federated_map(draw, x))))
+
+
+def checked(x):
+    checkify.check(x > 0, "got {x}", x=x)
+    return x
+
+
+def batched_by_a_rule(x):
+    call = jax.custom_batching.custom_vmap(jnp.sin)
+    call.def_vmap(lambda size, batched, v: (jnp.sin(v), batched[0]))
+    return call(x)
+
+
+def partitioned_by_a_rule(x):
+    call = custom_partitioning(jnp.sin)
+    call.def_partition(partition=lambda *args: None, sharding_rule="->")
+    return call(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (checked, "check"),
+        (batched_by_a_rule, "custom_vmap_call"),
+        (partitioned_by_a_rule, "custom_partitioning"),
+    ],
+)
+def test_rules_and_messages_are_calls(call, name):
+    """Python that runs later, and errors whose messages hold the values."""
+    leak = trace(lambda x: fc.federated_sum(fc.federated_map(in_jit(call), x)))
+    assert f"({name} in jit)" in refusal(leak)
+
+
+def test_primitives_of_others_are_opaque():
+    """A subclass may expand to anything."""
+
+    class Mine(jax.extend.core.Primitive):
+        pass
+
+    mine = Mine("mine")
+    mine.def_abstract_eval(lambda x: x)
+    leak = trace(lambda x: fc.federated_sum(fc.federated_map(mine.bind, x)))
+    assert "(opaque primitive mine)" in refusal(leak)
+
+
+def test_bodies_of_others_are_opaque():
+    """Code that JAX runs no sooner than it compiles."""
+    hijax = pytest.importorskip("jax.experimental.hijax")
+    base = getattr(hijax, "HiPrim", None) or hijax.VJPHiPrimitive
+
+    class Mine(base):
+        def __init__(self, aval):
+            self.in_avals, self.out_aval, self.params = (aval,), aval, {}
+            super().__init__()
+
+        def expand(self, x):
+            return debug_callback(x)
+
+    Mine.__module__ = base.__module__
+    leak = trace(lambda x: fc.federated_sum(fc.federated_map(lambda v: Mine(jax.typeof(v))(v), x)))
+    assert "(opaque primitive " in refusal(leak)
 
 
 # The report.
