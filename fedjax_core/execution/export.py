@@ -11,11 +11,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from fedjax_core.errors import ArgumentError, FedjaxError
+from fedjax_core.errors import ArgumentError, FedjaxError, NotExportableError
 from fedjax_core.execution import lowering
 from fedjax_core.execution import manifest as artifacts
 from fedjax_core.execution.calling import Interface
-from fedjax_core.execution.manifest import PLATFORMS, Dimensions, NotExportableError
+from fedjax_core.execution.manifest import PLATFORMS, Dimensions
 from fedjax_core.language.analysis import communication, program_of
 from fedjax_core.language.audit import outside_calls
 from fedjax_core.language.local import Local

@@ -24,7 +24,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.errors import ArgumentError, FedjaxError
+from fedjax_core.errors import ArgumentError, FedjaxError, NotExportableError
 from fedjax_core.execution.calling import Interface, is_stacked
 from fedjax_core.files import COMPUTATION, read_sealed, unreadable, write_sealed
 from fedjax_core.language import inference
@@ -198,10 +198,6 @@ def compile_for(name: str, flat: Flat, platforms: tuple[str, ...]) -> jax.export
             f"`{name}`: expected a computation that JAX exports for {list(platforms)}, got "
             f"{reason_of(error)}"
         ) from error
-
-
-class NotExportableError(ArgumentError):
-    """A computation of which JAX makes no artifact."""
 
 
 def reason_of(error: BaseException) -> str:
