@@ -118,7 +118,17 @@ class Computation(TypedFunction):
           FederatedTypeError: naming the argument, and the client, that does not fit.
           ArgumentError: where arguments disagree on the number of clients.
         """
+        self._check_bound()
         return tuple(self._interface.take(args, kwargs, num_clients).leaves)
+
+    def _check_bound(self) -> None:
+        """Raises if there are parameters that are functions."""
+        functions = [self.program.name_of_argument(k) for k in self._functions()]
+        if functions:
+            raise FederatedTypeError(
+                f"`{self.program.name}`: expected a computation that knows its functions, got one "
+                f"with {', '.join(functions)}; give it its functions first, with bind."
+            )
 
     def _functions(self) -> list[int]:
         return [k for k, t in enumerate(self.parameters) if isinstance(t, FunctionType)]
@@ -151,6 +161,7 @@ class Computation(TypedFunction):
             raise ArgumentError(
                 f"Expected an Execution, got {execution!r}; pass fc.Execution(mode=...)."
             )
+        self._check_bound()
 
         def lowered(*args: Any, valid: Any = None, num_clients: int | None = None) -> Any:
             outcome = self._evaluate(args, valid, num_clients, execution)

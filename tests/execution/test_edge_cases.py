@@ -165,3 +165,13 @@ def test_containers_keep_their_fields():
     )
     with pytest.raises(FederatedTypeError, match="flatten undoes its unflatten"):
         define(lambda x, y: fc.federated_zip(Exchanged((x, y))), F32, F32)
+
+
+def test_functions_are_bound_before_lowering():
+    apply = define(
+        lambda f, x: fc.federated_map(f, x), fc.FunctionType(np.float32, np.float32), F32
+    )
+    for use in (apply.lower, lambda: apply.place(jnp.sin, [1.0])):
+        with pytest.raises(FederatedTypeError, match=r"argument 0 `f` .*first, with bind"):
+            use()
+    assert len(apply.bind(jnp.sin).place([1.0, 2.0])) == 1
