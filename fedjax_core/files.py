@@ -5,10 +5,30 @@ import errno
 import hashlib
 import os
 import pathlib
+import stat
 import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fedjax_core.errors import StorageError
+from fedjax_core.errors import FederatedTypeError, StorageError
+
+
+def to_path(path: Any) -> pathlib.Path:
+    """The path that a user passed.
+
+    Raises:
+      FederatedTypeError: for what is neither text nor a path.
+
+    Examples:
+      >>> to_path("states/latest").name
+      'latest'
+    """
+    try:
+        return pathlib.Path(path)
+    except TypeError as error:
+        raise FederatedTypeError(
+            f"Expected a path, as a str or a pathlib.Path, got {path!r} of type "
+            f"{type(path).__name__}."
+        ) from error
 
 
 def unwritable(path: pathlib.Path, error: OSError | ValueError) -> StorageError:
@@ -31,11 +51,10 @@ def check_writable(path: pathlib.Path, *, overwrite: bool) -> None:
       StorageError: the file cannot be written, or it exists and may not.
     """
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target = _target(path)
         exists = _exists(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _beside(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = _beside(target)
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as error:
@@ -51,21 +70,23 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Writes beside `path` and renames, so that no reader ever sees half a file.
 
     Args:
-      path: the file, replaced if it exists; missing folders are made.
+      path: the file, replaced if it exists; missing folders are made. Of a link that which it leads
+        to is written, and the link stays.
       data: its content.
 
     Raises:
-      StorageError: the file cannot be written.
+      StorageError: the file cannot be written, or what is there is no file: a folder, a device.
     """
     beside = None
     try:
-        beside = _beside(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path)
+        beside = _beside(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        beside.replace(target)
     except (OSError, ValueError) as error:
         # The folder or the file may be what is missing.
         with contextlib.suppress(OSError, ValueError):
@@ -159,11 +180,31 @@ def unreadable(path: pathlib.Path, kind: SealedKind) -> StorageError:
 
 def _read(path: pathlib.Path, what: str, size: int = -1) -> bytes:
     try:
+        _check_regular(path)  # a pipe would wait for a writer, and a device has no end
         with path.open("rb") as file:
             return file.read(size)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"expected {what}, got {path} ({reason}); check the path.") from error
+
+
+def _target(path: pathlib.Path) -> pathlib.Path:
+    """The file that is written for `path`: another one where that is a link.
+
+    Raises:
+      OSError: there is something, and it is no file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _check_regular(path)
+    return pathlib.Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _check_regular(path: pathlib.Path) -> None:
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "It is a device, a pipe or a socket")
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -32,7 +32,8 @@ class Execution:
         is then gone for the caller.
 
     Raises:
-      ArgumentError: for a mode or a number of lanes that does not exist, an axis that the mesh does
+      ArgumentError: for a mode or a number of lanes that does not exist, another `donate` than a
+        bool, an axis that the mesh does
         not have, or a mesh in the reference mode.
 
     Examples:
@@ -49,13 +50,15 @@ class Execution:
 
     def __post_init__(self) -> None:
         modes = ("auto", "reference", "stacked", "streamed")
-        if self.mode not in modes:
+        if not isinstance(self.mode, str) or self.mode not in modes:
             raise ArgumentError(f"Expected a mode out of {modes}, got {self.mode!r}.")
-        is_count = isinstance(self.lanes, int) and not isinstance(self.lanes, bool)
-        if self.lanes != "auto" and not (is_count and self.lanes >= 1):
+        is_auto = isinstance(self.lanes, str) and self.lanes == "auto"
+        if not is_auto and not _is_positive(self.lanes):
             raise ArgumentError(
                 f"Expected lanes to be 'auto' or a positive int, got {self.lanes!r}."
             )
+        if not isinstance(self.donate, bool):
+            raise ArgumentError(f"Expected donate to be True or False, got {self.donate!r}.")
         self._check_axes()
         if self.mesh is not None:
             self._check_mesh(self.mesh)
@@ -108,3 +111,7 @@ class Execution:
 
     def _platform(self) -> str:
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

@@ -4,7 +4,7 @@ An exported computation is StableHLO for several platforms in one file, for coho
 together with a manifest of its types, its edges and its calling convention (see `manifest.py`).
 """
 
-import pathlib
+import os
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,6 +16,7 @@ from fedjax_core.execution import lowering
 from fedjax_core.execution import manifest as artifacts
 from fedjax_core.execution.calling import Interface
 from fedjax_core.execution.manifest import PLATFORMS, Dimensions
+from fedjax_core.files import to_path
 from fedjax_core.language.analysis import communication, program_of
 from fedjax_core.language.audit import outside_calls
 from fedjax_core.language.local import Local
@@ -25,7 +26,7 @@ from fedjax_core.language.types import FunctionType, SequenceType
 
 def export(
     computation: Any,
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     *,
     platforms: tuple[str, ...] = PLATFORMS,
     sequence_capacity: int | None = None,
@@ -43,11 +44,12 @@ def export(
 
     Raises:
       ArgumentError: for a computation that cannot be exported: without declared types, with
-        parameters that are functions, with calls back to Python, or one that JAX refuses.
+        parameters that are functions, with calls back to Python, with types that no file can name,
+        or one that JAX refuses; for other options than these.
       StorageError: the file cannot be written.
 
     Examples:
-      >>> import tempfile
+      >>> import pathlib, tempfile
       >>> import numpy as np
       >>> from fedjax_core.execution.computation import federated_computation
       >>> from fedjax_core.execution.loading import load_computation
@@ -59,10 +61,13 @@ def export(
       >>> round(float(load_computation(path)([68.5, 70.3, 69.8])), 4)
       69.5333
     """
+    path = to_path(path)
     program = program_of(computation)
     check_functions(program)
     check_callbacks(program)
-    _check_positive(sequence_capacity=sequence_capacity, lanes=lanes)
+    _check_positive("lanes", lanes)
+    if sequence_capacity is not None:
+        _check_positive("sequence_capacity", sequence_capacity)
     interface = Interface.of(program)
     sizes = artifacts.symbols()
     capacity = sequence_capacity or sizes.capacity
@@ -75,7 +80,7 @@ def export(
         "edges": _edges(computation),
         "secure_sums": [_bounds(op) for op in _checked(program)],
     }
-    artifacts.write(pathlib.Path(path), interface, flat, exported, more)
+    artifacts.write(path, interface, flat, exported, more)
 
 
 def check_functions(program: Program) -> None:
@@ -112,11 +117,12 @@ def locals_of(op: Op) -> list[Local]:
     return [local for local in found if isinstance(local, Local)]
 
 
-def _check_positive(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        is_int = isinstance(number, int) and not isinstance(number, bool)
-        if number is not None and (not is_int or number < 1):
-            raise ArgumentError(f"Expected {name} to be a positive int, got {number!r}.")
+def _check_positive(name: str, number: Any) -> None:
+    is_int = isinstance(number, int) and not isinstance(number, bool)
+    if not is_int or not 1 <= number < 1 << 31:
+        raise ArgumentError(
+            f"Expected {name} to be a positive int of at most 31 bits, got {number!r}."
+        )
 
 
 def compile_flat(
@@ -126,6 +132,9 @@ def compile_flat(
     sequence_capacity: int | None,
 ) -> jax.export.Exported:
     """As `manifest.compile_for`, with what to do where an open capacity is the reason to fail."""
+    if sequence_capacity is not None:
+        _check_positive("sequence_capacity", sequence_capacity)
+    artifacts.check_notation(interface)
     has_sequences = any(t.contains(SequenceType) for t, _ in interface.leaves)
     is_open = has_sequences and sequence_capacity is None
     try:

@@ -4,6 +4,7 @@ Reading a file runs nothing of it; a call runs the compiled computation alone.
 """
 
 import functools
+import os
 import pathlib
 import re
 from typing import Any
@@ -17,9 +18,10 @@ from jax.core import Tracer
 from fedjax_core.bits import BitCount
 from fedjax_core.errors import ArgumentError, StorageError
 from fedjax_core.execution import manifest as artifacts
+from fedjax_core.execution import validation
 from fedjax_core.execution.calling import Given, Interface, is_stacked, out_of_bounds, to_user
 from fedjax_core.execution.manifest import Dimensions
-from fedjax_core.files import COMPUTATION, unreadable
+from fedjax_core.files import COMPUTATION, to_path, unreadable
 from fedjax_core.language import feeding
 from fedjax_core.language.notation import parse_type
 from fedjax_core.language.placements import CLIENTS
@@ -27,26 +29,29 @@ from fedjax_core.language.types import FunctionType
 from fedjax_core.language.values import Federated, Sequence
 
 
-def load_computation(path: str | pathlib.Path) -> "LoadedComputation":
+def load_computation(path: str | os.PathLike[str]) -> "LoadedComputation":
     """Reads a computation that `export` wrote.
 
     Args:
       path: the file.
 
     Raises:
+      FederatedTypeError: for a path that is none.
       StorageError: there is no such file, it is something else, it was cut short or altered, or it
         was written by a newer JAX that this one does not understand.
     """
-    path = pathlib.Path(path)
+    path = to_path(path)
     manifest, artifact = artifacts.read(path)
     try:
+        validation.check_entries(manifest)
         interface = _interface(manifest)
-        written_by = str(manifest["versions"]["jax"])
+        written_by = manifest["versions"]["jax"]
     # A checksum is no proof of who wrote the file.
     except Exception as error:
         raise unreadable(path, COMPUTATION) from error
     exported = _deserialize(path, artifact, written_by)
     try:
+        validation.check_artifact(manifest, interface, exported)
         loaded = LoadedComputation(manifest, interface, exported)
     except Exception as error:
         raise unreadable(path, COMPUTATION) from error
@@ -108,7 +113,6 @@ class LoadedComputation:
         self._interface = interface
         self._dtypes = [x.dtype for x in exported.in_avals]
         self._capacities = _capacities(interface, exported.in_avals)
-        _check_counts(manifest, interface, exported)
         self._platforms = tuple(exported.platforms)
         self._lanes = int(manifest["lanes"])
         self._takes_valid = manifest["kind"] == "computation"
@@ -116,6 +120,7 @@ class LoadedComputation:
         self._sums = list(manifest["secure_sums"])
         self._needs_64_bits = bool(manifest["enable_x64"])
         self._jitted = jax.jit(exported.call)
+        self._has_run = False
 
     def __repr__(self) -> str:
         return f"{self._interface.name}: {self.type_signature}"
@@ -132,6 +137,7 @@ class LoadedComputation:
           FederatedTypeError: naming the argument, and the client, that does not fit.
           ArgumentError: for sequences that are too long, on a platform that it was not exported
             for, or where arguments disagree on the number of clients.
+          StorageError: where JAX refuses what is in the file.
         """
         return self.call_with_ledger(*args, num_clients=num_clients, **kwargs)[0]
 
@@ -151,7 +157,7 @@ class LoadedComputation:
         """
         given = self._interface.take(args, kwargs, num_clients, valid)
         self._check_platform()
-        arrays = iter(self._jitted(*self._arrays(given, valid)))
+        arrays = iter(self._run(self._arrays(given, valid)))
         strings = iter(self.manifest["strings"])
         result = artifacts.build(self._interface.result, arrays, strings)
         ledger = tuple(BitCount(next(arrays), next(arrays)) for _ in range(self._num_edges))
@@ -174,6 +180,23 @@ class LoadedComputation:
             arrays.append(_pad_clients(jnp.asarray(is_valid), missing))
         pairs = zip(arrays, self._dtypes, strict=True)
         return [x if x.dtype == dtype else x.astype(dtype) for x, dtype in pairs]
+
+    def _run(self, arrays: list[Any]) -> Any:
+        """The results; until there were some, an error of JAX says that the file is damaged."""
+        try:
+            results = self._jitted(*arrays)
+        # JAX raises errors of many kinds for what it does not understand, some of them private.
+        except Exception as error:
+            is_ours = not self._has_run and not any(isinstance(x, Tracer) for x in arrays)
+            if not is_ours or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise StorageError(
+                f"`{self._interface.name}`: expected a computation that JAX compiles and runs, got "
+                f"{artifacts.reason_of(error)}; the file is damaged, or was made for another kind "
+                "of device: use another copy, or export it again."
+            ) from error
+        self._has_run = True
+        return results
 
     def _padded(self, leaves: list[Any]) -> list[Any]:
         """The arguments with their sequences in the padded layout, of the capacities it takes.
@@ -230,19 +253,6 @@ def _capacities(interface: Interface, avals: Any) -> list[int | str | None]:
                 capacity = parts[0][int(is_stacked(t))]
         capacities.append(capacity if capacity is None or type(capacity) is int else str(capacity))
     return capacities
-
-
-def _check_counts(
-    manifest: dict[str, Any], interface: Interface, exported: jax.export.Exported
-) -> None:
-    """Raises unless the artifact takes and gives as many arrays as its types say."""
-    taken = sum(artifacts.num_arrays(t) for t in interface.parameters)
-    given = artifacts.num_arrays(interface.result)
-    given += 2 * (len(manifest["edges"]) + len(manifest["secure_sums"]))
-    expected = (taken + (manifest["kind"] == "computation"), given)
-    got = (len(exported.in_avals), len(exported.out_avals))
-    if expected != got:
-        raise ArgumentError(f"Expected {expected} arrays in and out, got {got}.")
 
 
 def _first_clients(num_clients: int, x: Any) -> Any:

@@ -24,10 +24,17 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.errors import ArgumentError, FedjaxError, NotExportableError
+from fedjax_core.errors import (
+    ArgumentError,
+    FederatedTypeError,
+    FedjaxError,
+    NotExportableError,
+)
 from fedjax_core.execution.calling import Interface, is_stacked
 from fedjax_core.files import COMPUTATION, read_sealed, unreadable, write_sealed
 from fedjax_core.language import inference
+from fedjax_core.language.base_types import shorten
+from fedjax_core.language.notation import parse_type
 from fedjax_core.language.types import (
     FederatedType,
     SequenceType,
@@ -182,8 +189,8 @@ def compile_for(name: str, flat: Flat, platforms: tuple[str, ...]) -> jax.export
     Raises:
       ArgumentError: for unknown platforms, or where JAX cannot export the function.
     """
-    unknown = sorted(set(platforms) - set(_KNOWN_PLATFORMS))
-    if unknown or not platforms or isinstance(platforms, str):
+    is_tuple = isinstance(platforms, tuple | list) and len(platforms) > 0
+    if not is_tuple or any(platform not in _KNOWN_PLATFORMS for platform in platforms):
         raise ArgumentError(
             f"Expected a tuple of platforms out of {_KNOWN_PLATFORMS}, got {platforms!r}."
         )
@@ -198,6 +205,18 @@ def compile_for(name: str, flat: Flat, platforms: tuple[str, ...]) -> jax.export
             f"`{name}`: expected a computation that JAX exports for {list(platforms)}, got "
             f"{reason_of(error)}"
         ) from error
+
+
+def check_notation(interface: Interface) -> None:
+    """Raises `NotExportableError` for a type that is not read from a file as it was written."""
+    for t in (*interface.parameters, interface.result, interface.type_signature):
+        try:
+            parse_type(str(t)).check_equivalent_to(t, "what is read")
+        except (FederatedTypeError, RecursionError) as error:
+            raise NotExportableError(
+                f"`{interface.name}`: expected types that can be read from a file, got "
+                f"{shorten(reason_of(error))}; use dtypes of JAX, and flatter containers."
+            ) from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -221,11 +240,22 @@ def write(
       exported: the artifact.
       more: further entries of the manifest.
     """
-    artifact = bytes(exported.serialize())
+    artifact = _serialized(interface.name, exported)
     manifest = _manifest(interface, flat, exported) | more
     manifest["artifact_sha256"] = hashlib.sha256(artifact).hexdigest()
     line = json.dumps(manifest, ensure_ascii=True, allow_nan=False).encode()
     write_sealed(path, COMPUTATION, line + b"\n" + artifact)
+
+
+def _serialized(name: str, exported: jax.export.Exported) -> bytes:
+    try:
+        return bytes(exported.serialize())
+    # JAX has no room in its files for some of its own dtypes, and says so with a KeyError.
+    except Exception as error:
+        raise NotExportableError(
+            f"`{name}`: expected arrays that JAX writes to files, got {reason_of(error)}; use "
+            "another dtype, such as int8."
+        ) from error
 
 
 def _manifest(interface: Interface, flat: Flat, exported: jax.export.Exported) -> dict[str, Any]:
@@ -236,8 +266,8 @@ def _manifest(interface: Interface, flat: Flat, exported: jax.export.Exported) -
         "parameters": [str(t) for t in interface.parameters],
         "result": str(interface.result),
         "has_clients": interface.has_clients,
-        "arguments": _describe(flat.names, exported.in_avals),
-        "results": _describe(flat.results, exported.out_avals),
+        "arguments": describe(flat.names, exported.in_avals),
+        "results": describe(flat.results, exported.out_avals),
         "strings": list(flat.strings),
         "platforms": list(exported.platforms),
         "enable_x64": has_64_bits(),
@@ -256,7 +286,7 @@ def has_64_bits() -> bool:
     return inference.runtime_dtype(np.dtype(np.float64)) == np.float64
 
 
-def _describe(names: list[str], avals: Any) -> list[dict[str, Any]]:
+def describe(names: list[str], avals: Any) -> list[dict[str, Any]]:
     """For each array its name, dtype and shape, an open size as the text of JAX's symbol."""
     return [
         {

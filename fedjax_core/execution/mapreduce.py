@@ -182,8 +182,9 @@ class MapReduceForm:
         self, *args: Any, num_clients: int | None = None, group_size: int = 8, **kwargs: Any
     ) -> tuple[Any, tuple[BitCount, ...]]:
         """As `run`, with what was sent: a `BitCount` for each of `program.edges`."""
-        if group_size < 1:
-            raise ArgumentError(f"Expected a group_size of at least 1, got {group_size}.")
+        is_int = isinstance(group_size, int | np.integer) and not isinstance(group_size, bool)
+        if not is_int or group_size < 1:
+            raise ArgumentError(f"Expected group_size to be a positive int, got {group_size!r}.")
         given = self._interface.take(args, kwargs, num_clients)
         run = self._start(given.leaves, given.num_clients)
         for number in range(len(self.stages)):

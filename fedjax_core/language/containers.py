@@ -1,6 +1,7 @@
 """One level of a pytree: the fields of a container, and the container without them."""
 
 import dataclasses
+import itertools
 from collections import OrderedDict
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language.base_types import shorten
+
+MAX_DEPTH = 100
+"""How deep types, and values of them, may lie inside one another."""
 
 
 def one_level(tree: Any) -> tuple[list[tuple[str | None, Any]], Any]:
@@ -23,9 +27,12 @@ def one_level(tree: Any) -> tuple[list[tuple[str | None, Any]], Any]:
       >>> one_level({"a": 1, "b": [2, 3]})[0]
       [('a', 1), ('b', [2, 3])]
     """
+    # All but the root, which comes first, are leaves: by identity a container would be no leaf of
+    # itself, and what contains itself has no end.
+    visits = itertools.count()
     try:
         paths, container = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=lambda y: y is not tree
+            tree, is_leaf=lambda _: next(visits) > 0
         )
     except ValueError as error:
         raise FederatedTypeError(
@@ -38,6 +45,34 @@ def one_level(tree: Any) -> tuple[list[tuple[str | None, Any]], Any]:
             f"{type(tree).__name__}; {_remedy(tree)}."
         )
     return [(_name_of(path[0]), child) for path, child in paths], container
+
+
+def check_depth(depth: int, what: str) -> None:
+    """Raises where a walk has gone too deep.
+
+    Args:
+      depth: how many containers the walk is inside of.
+      what: names what is walked, in the message.
+
+    Raises:
+      FederatedTypeError: for more than `MAX_DEPTH`. JAX itself has no such limit: what contains
+        itself would end it.
+    """
+    if depth > MAX_DEPTH:
+        raise FederatedTypeError(
+            f"Expected {what} at most {MAX_DEPTH} deep, got one that is nested too deeply, or "
+            "contains itself; take it apart."
+        )
+
+
+def check_nesting(tree: Any, what: str = "a pytree", depth: int = 0) -> None:
+    """Raises for a pytree with which JAX should not be trusted, see `check_depth`."""
+    check_depth(depth, what)
+    visits = itertools.count()
+    children, container = jax.tree.flatten(tree, is_leaf=lambda _: next(visits) > 0)
+    if not jax.tree_util.treedef_is_leaf(container):
+        for child in children:
+            check_nesting(child, what, depth + 1)
 
 
 def differs_statically(ours: Any, theirs: Any) -> bool:

@@ -1,13 +1,13 @@
 """Types of values, templates of types, and what can be done with values of a type."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.language.base_types import at_path, step_to
+from fedjax_core.language.base_types import at_path, shorten, step_to
 from fedjax_core.language.compatibility import check_sum_compatible as check_sum_compatible
 from fedjax_core.language.compatibility import is_average_compatible as is_average_compatible
 from fedjax_core.language.compatibility import is_integer_compatible as is_integer_compatible
@@ -17,6 +17,7 @@ from fedjax_core.language.compatibility import why_not_averageable as why_not_av
 from fedjax_core.language.compatibility import why_not_integers as why_not_integers
 from fedjax_core.language.compatibility import why_not_orderable as why_not_orderable
 from fedjax_core.language.compatibility import why_not_summable as why_not_summable
+from fedjax_core.language.containers import check_depth
 from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.types import (
     FederatedType,
@@ -43,30 +44,72 @@ def infer_type(value: Any) -> Type:
       value: anything of that; a pytree keeps its Python container, None is a struct without fields.
 
     Raises:
-      FederatedTypeError: for a value that is no array and no pytree of arrays, naming the leaf; for
-        an integer of more than 64 bits it is a `ValueError` too.
+      FederatedTypeError: for a value that is no array and no pytree of arrays, naming the leaf, for
+        a masked array, and for what is nested more than 100 deep, or contains itself; for an
+        integer of more than 64 bits it is a `ValueError` too.
 
     Examples:
       >>> str(infer_type({"w": np.zeros((3, 2), np.float32), "b": 0.5}))
       '<b=float32,w=float32[3,2]>'
     """
-    return _infer(value, "")
+    return _infer(value, _Position())
 
 
-def _infer(value: Any, path: str) -> Type:
+class _Position(NamedTuple):
+    """Where in a value its type is being inferred.
+
+    Attributes:
+      path: for errors.
+      depth: how many containers are around it.
+      num_axes: how many axes arrays have that do not belong to their type.
+    """
+
+    path: str = ""
+    depth: int = 0
+    num_axes: int = 0
+
+    def inside(self, step: str) -> "_Position":
+        return self._replace(path=self.path + step, depth=self.depth + 1)
+
+
+def _infer(value: Any, at: _Position) -> Type:
+    check_depth(at.depth, "a value")
     if isinstance(value, Federated):
-        return _federated_type(value, path)
+        is_stacked = value.placement is CLIENTS and not value.all_equal
+        inner = at.inside("")._replace(num_axes=int(is_stacked))
+        return FederatedType(_infer(value.value, inner), value.placement, value.all_equal)
     if isinstance(value, Sequence):
-        return SequenceType(_infer(value.element_spec, path))
+        axes = 1 if value.packed else 1 + jnp.ndim(value.length)
+        return SequenceType(_infer(value.elements, at.inside("")._replace(num_axes=axes)))
     if isinstance(value, type | Type):
         raise FederatedTypeError(
-            f"Expected a value{at_path(path)}, got the type {value!r}; use to_type for types."
+            f"Expected a value{at_path(at.path)}, got the type {value!r}; use to_type for types."
         )
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return _tensor_type(value.dtype, tuple(value.shape), path)
+        return _array_type(value, at)
     if isinstance(value, bool | int | float | complex | str | bytes):
-        return _tensor_type(_python_dtype(value, path), (), path)
-    return _infer_struct(value, path)
+        _check_axes(value, (), at)
+        return _tensor_type(_python_dtype(value, at.path), (), at.path)
+    return _infer_struct(value, at)
+
+
+def _array_type(value: Any, at: _Position) -> Type:
+    if isinstance(value, np.ma.MaskedArray):
+        raise FederatedTypeError(
+            f"Expected an array without a mask{at_path(at.path)}, got a masked one; fill it, or "
+            "pass its data and its mask as two arrays."
+        )
+    shape = tuple(value.shape)
+    _check_axes(value, shape, at)
+    return _tensor_type(value.dtype, shape[at.num_axes :], at.path)
+
+
+def _check_axes(value: Any, shape: tuple[Any, ...], at: _Position) -> None:
+    if len(shape) < at.num_axes:
+        raise FederatedTypeError(
+            "Expected arrays with a leading clients axis in a value at CLIENTS, and one of rows in "
+            f"a sequence, got {shorten(repr(value))}{at_path(at.path)}; stack the clients' values."
+        )
 
 
 def _tensor_type(dtype: Any, shape: tuple[Any, ...], path: str) -> Type:
@@ -76,37 +119,16 @@ def _tensor_type(dtype: Any, shape: tuple[Any, ...], path: str) -> Type:
         raise FederatedTypeError(f"The value{at_path(path)} has no type: {error}") from error
 
 
-def _infer_struct(value: Any, path: str) -> Type:
+def _infer_struct(value: Any, at: _Position) -> Type:
     try:
         fields, container = one_level(value)
     except FederatedTypeError as error:
-        raise FederatedTypeError(f"The value{at_path(path)} has no type: {error}") from error
+        raise FederatedTypeError(f"The value{at_path(at.path)} has no type: {error}") from error
     children = [
-        (name, _infer(child, path + step_to(name, position)))
+        (name, _infer(child, at.inside(step_to(name, position))))
         for position, (name, child) in enumerate(fields)
     ]
     return StructType(children, container)
-
-
-def _federated_type(value: Federated, path: str) -> Type:
-    member = value.value
-    if value.placement is CLIENTS and not value.all_equal:
-        is_sequence = lambda x: isinstance(x, Sequence)  # noqa: E731 - knows its own axes
-        member = jax.tree_util.tree_map_with_path(
-            lambda at, x: x if is_sequence(x) else _without_clients(at, x, path),
-            member,
-            is_leaf=is_sequence,
-        )
-    return FederatedType(_infer(member, path), value.placement, value.all_equal)
-
-
-def _without_clients(at: Any, x: Any, path: str) -> Any:
-    if not getattr(x, "shape", ()):
-        raise FederatedTypeError(
-            "Expected arrays with a leading clients axis in a value at CLIENTS, got "
-            f"{x!r}{at_path(path + jax.tree_util.keystr(at))}; stack the clients' values."
-        )
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
 def _python_dtype(value: bool | float | complex | str | bytes, path: str) -> Any:

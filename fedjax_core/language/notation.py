@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language.base_types import PLAIN_NAME, shorten
+from fedjax_core.language.containers import MAX_DEPTH as MAX_DEPTH
 from fedjax_core.language.dtypes import dtype_name, known_dtypes
 from fedjax_core.language.placements import Placement
 from fedjax_core.language.types import (
@@ -33,7 +34,6 @@ from fedjax_core.language.types import (
     is_label,
 )
 
-MAX_DEPTH = 100
 _WINDOW = 60
 
 _ESCAPE = re.compile(

@@ -18,7 +18,15 @@ from jax import lax
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.language import types
-from fedjax_core.language.folds import as_arrays, keep_type
+from fedjax_core.language.folds import keep_type
+from fedjax_core.language.rows import (
+    MAX_POSITION,
+    check_length,
+    check_numbers,
+    initial,
+    num_rows,
+    sum_rows,
+)
 from fedjax_core.language.types import StructType, TensorType, Type
 
 
@@ -50,7 +58,8 @@ class Sequence:
     Attributes:
       elements: pytree of arrays, each ``[rows, ...]`` with one common number of rows.
       start: int32 scalar, the first row of this sequence.
-      length: int32 scalar, how many rows it has.
+      length: int32 scalar, how many rows it has. What is below 0 counts as 0, and what is above
+        `capacity` as `capacity`.
       capacity: static upper bound of `length`; shapes inside a traced function depend on it alone.
       packed: static, whether `elements` is a pool without a clients axis.
 
@@ -76,10 +85,13 @@ class Sequence:
         Args:
           elements: an array or a pytree of arrays, each ``[rows, ...]``.
           length: how many of the rows are examples, the others being padding; all if not given.
+            An int, or a scalar array of them, which under JAX transforms is not known here.
 
         Raises:
-          FederatedTypeError: for what is no array, or has no or another number of rows.
-          ArgumentError: for a length that is negative or larger than the number of rows.
+          FederatedTypeError: for what is no array, or has no or another number of rows; for a
+            length that is no integer.
+          ArgumentError: for a length that is negative or larger than the number of rows, or more
+            than one.
 
         Examples:
           >>> import numpy as np
@@ -87,14 +99,9 @@ class Sequence:
           >>> rows.capacity, int(rows.length)
           (3, 3)
         """
-        capacity = _num_rows(elements)
+        capacity = num_rows(elements)
         length = capacity if length is None else length
-        if jnp.ndim(length):
-            raise ArgumentError(
-                f"Expected one length, got {length!r}; for several sequences use jax.vmap."
-            )
-        if isinstance(length, int) and not 0 <= length <= capacity:
-            raise ArgumentError(f"Expected a length from 0 to {capacity}, the rows; got {length}.")
+        check_length(length, capacity)
         return cls(elements, jnp.int32(0), jnp.asarray(length, jnp.int32), capacity)
 
     @property
@@ -177,7 +184,8 @@ class Sequence:
 
         Raises:
           FederatedTypeError: if `operator` returns another structure or shape than that of `zero`,
-            or a dtype that it does not hold.
+            or a dtype that it does not hold; for a `zero` that is no pytree of numbers.
+          ArgumentError: for a `zero` with an int of too many bits.
 
         Examples:
           >>> rows = Sequence(jnp.array([1.0, 2.0, 4.0]), jnp.int32(0), jnp.int32(2), capacity=3)
@@ -190,7 +198,8 @@ class Sequence:
             folded = operator(accumulator, element)
             return keep_type(accumulator, folded, "Sequence.reduce: the accumulator")
 
-        return lax.fori_loop(0, jnp.asarray(self.length, jnp.int32), step, as_arrays(zero))
+        start = initial(zero, "Sequence.reduce: zero")
+        return lax.fori_loop(0, self._length(), step, start)
 
     def scan(
         self, init: Any, function: Callable[[Any, Any], tuple[Any, Any]]
@@ -222,7 +231,7 @@ class Sequence:
           >>> float(total), sums.elements.tolist()
           (7.0, [1.0, 3.0, 7.0])
         """
-        init = as_arrays(init)
+        init = initial(init, "Sequence.scan: init")
         converted, captured = jax.closure_convert(function, init, self.element_spec)
 
         def step(carry: Any, x: tuple[Any, jax.Array]) -> tuple[Any, Any]:
@@ -249,9 +258,9 @@ class Sequence:
           >>> Sequence.from_elements(jnp.array([100, 100], jnp.int8)).sum().tolist()
           127
         """
-        _check_numbers(self.element_spec)
+        check_numbers(self.element_spec)
         index, mask = self.positions()
-        return jax.tree.map(_sum_rows, _mask_rows(mask, self.take(index)))
+        return jax.tree.map(sum_rows, _mask_rows(mask, self.take(index)))
 
     def batch(self, size: int, drop_remainder: bool = False) -> "Sequence":
         """Groups of `size` examples in order, as a sequence of `Batch`.
@@ -265,7 +274,7 @@ class Sequence:
           exist are zeros, and False in the mask.
 
         Raises:
-          ArgumentError: for a size that is no positive int.
+          ArgumentError: for a size that is no positive int, or that JAX has no array for.
 
         Examples:
           >>> batches = Sequence.from_elements(jnp.array([1, 2, 3])).batch(2)
@@ -274,12 +283,18 @@ class Sequence:
         """
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ArgumentError(f"Expected a batch size of at least 1, got {size=}.")
+        if size > MAX_POSITION - (self.capacity if isinstance(self.capacity, int) else 0):
+            raise ArgumentError(
+                f"Expected a batch size with which positions fit into 31 bits, got {size=} for a "
+                f"capacity of {self.capacity}; a batch of all examples has the capacity as size."
+            )
         self._check_single()
         extra = 0 if drop_remainder else size - 1
-        num_batches = (self.length + extra) // size
+        length = self._length()
+        num_batches = (length + extra) // size
         capacity = (self.capacity + extra) // size
         index = jnp.arange(capacity * size, dtype=jnp.int32)
-        mask = index < jnp.minimum(self.length, num_batches * size)
+        mask = index < jnp.minimum(length, num_batches * size)
         rows = _mask_rows(mask, self.take(index))
         fold = lambda x: x.reshape(capacity, size, *x.shape[1:])  # noqa: E731
         batches = jax.tree.map(fold, Batch(rows, mask))
@@ -305,8 +320,13 @@ class Sequence:
 
     def _padded(self, elements: Any) -> "Sequence":
         """Rows of the length of this sequence that begin at 0."""
-        length = jnp.asarray(self.length, jnp.int32)
-        return Sequence(elements, jnp.int32(0), length, self.capacity)
+        return Sequence(elements, jnp.int32(0), self._length(), self.capacity)
+
+    def _length(self) -> jax.Array:
+        """The length that counts: the nearest one of which there can be as many rows."""
+        self._check_single()
+        most = jnp.asarray(self.capacity, jnp.int32)  # which `export` may leave open
+        return jnp.clip(jnp.asarray(self.length, jnp.int32), 0, most)
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise FederatedTypeError(
@@ -315,25 +335,6 @@ class Sequence:
         )
 
     __len__ = __iter__ = __getitem__ = __contains__ = __bool__ = _refuse
-
-
-def _num_rows(elements: Any) -> int:
-    """The one number of rows of all arrays."""
-    rows: dict[str, int] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(elements):
-        where = jax.tree_util.keystr(path) or "the root"
-        if not hasattr(x, "dtype") or not getattr(x, "shape", ()):
-            raise FederatedTypeError(
-                f"Sequence: expected arrays with a leading axis of rows, got {x!r} at {where}; "
-                "stack the examples."
-            )
-        rows[where] = x.shape[0]
-    if len(set(rows.values())) != 1:
-        raise FederatedTypeError(
-            f"Sequence: expected arrays with one common number of rows, got {rows}; stack the "
-            "examples, each leaf along a new first axis."
-        )
-    return next(iter(rows.values()))
 
 
 def _type_of(spec: Any) -> Type:
@@ -370,31 +371,3 @@ def _as_pair(result: Any) -> tuple[Any, Any]:
             f"{jax.tree.structure(result)}; return a pair, with () for no output."
         )
     return result
-
-
-def _check_numbers(spec: Any) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(spec):
-        if types.is_extended_dtype(x.dtype) or not jnp.issubdtype(x.dtype, jnp.number):
-            where = jax.tree_util.keystr(path) or "the root"
-            raise FederatedTypeError(
-                f"Sequence.sum: expected numbers, got {x.dtype} at {where}; convert it, for "
-                "example with astype, in map."
-            )
-
-
-def _sum_rows(rows: jax.Array) -> jax.Array:
-    dtype = rows.dtype
-    total = jnp.sum(rows, axis=0, dtype=_accumulator(dtype))
-    if jnp.issubdtype(dtype, jnp.integer) and total.dtype != dtype:
-        limits = jnp.iinfo(dtype)
-        total = jnp.clip(total, limits.min, limits.max)
-    return total.astype(dtype)
-
-
-def _accumulator(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return dtype
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-    is_signed = jnp.issubdtype(dtype, jnp.signedinteger)
-    return (jnp.int32 if is_signed else jnp.uint32) if jnp.iinfo(dtype).bits < 32 else dtype

@@ -11,6 +11,7 @@ import numpy as np
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language.base_types import Misfit, Type, differs, field_name, shorten, step_to
 from fedjax_core.language.containers import (
+    check_depth,
     default_container,
     differs_statically,
     one_level,
@@ -194,12 +195,12 @@ def _check_distinct(names: list[str | None]) -> None:
     )
 
 
-def _as_field(element: Any) -> tuple[str | None, Type]:
+def _as_field(element: Any, depth: int = 0) -> tuple[str | None, Type]:
     if _is_named_field(element):
         name, t = element
         name = None if name is None else plain_str(name)
-        return name, StructType([]) if isinstance(t, list | tuple) and not t else to_type(t)
-    return None, to_type(element)
+        return name, StructType([]) if isinstance(t, list | tuple) and not t else _convert(t, depth)
+    return None, _convert(element, depth)
 
 
 def _is_named_field(element: Any) -> bool:
@@ -225,12 +226,18 @@ def to_type(spec: Any) -> Type:
       The type; a pytree keeps its Python container.
 
     Raises:
-      FederatedTypeError: for anything else, Python's `float` and concrete arrays among it.
+      FederatedTypeError: for anything else, Python's `float` and concrete arrays among it, and for
+        what is nested more than 100 deep, or contains itself.
 
     Examples:
       >>> str(to_type({"x": (np.float32, [784]), "y": np.int32}))
       '<x=float32[784],y=int32>'
     """
+    return _convert(spec, 0)
+
+
+def _convert(spec: Any, depth: int) -> Type:
+    check_depth(depth, "a type, or a pytree of types,")
     if isinstance(spec, Type):
         return spec
     if isinstance(spec, jax.ShapeDtypeStruct):
@@ -241,17 +248,18 @@ def to_type(spec: Any) -> Type:
     if is_pair and is_dtype_like(spec[0]) and _is_shape_like(spec[1]):
         return TensorType(spec[0], spec[1])
     if _is_named_field(spec):
-        return StructType([spec])
+        return StructType([_as_field(spec, depth + 1)])
     if isinstance(spec, list) and spec and all(_is_named_field(element) for element in spec):
-        return StructType(spec)
-    return _struct_type(spec)
+        return StructType([_as_field(element, depth + 1) for element in spec])
+    return _struct_type(spec, depth)
 
 
-def _struct_type(spec: Any) -> Type:
+def _struct_type(spec: Any, depth: int) -> Type:
     if spec is None or isinstance(spec, type | np.ndarray | np.generic | jax.Array):
         raise FederatedTypeError(
             f"Expected a type such as np.float32 or (np.float32, [3]), got {spec!r}; for a value, "
             "use infer_type."
         )
     fields, container = one_level(spec)
-    return StructType([(name, to_type(child)) for name, child in fields], container)
+    children = [(name, _convert(child, depth + 1)) for name, child in fields]
+    return StructType(children, container)

@@ -16,7 +16,12 @@ import pytest
 
 import fedjax_core as fc
 from fedjax_core.compression.edges import PlacedKeys, uplink
-from fedjax_core.errors import ArgumentError, FederatedTypeError, StorageError
+from fedjax_core.errors import (
+    ArgumentError,
+    FederatedTypeError,
+    NotExportableError,
+    StorageError,
+)
 from fedjax_core.execution import loading
 from fedjax_core.execution.export import export
 from fedjax_core.execution.loading import load_computation
@@ -561,6 +566,25 @@ def manifest_of(folder, exported) -> tuple[dict[str, Any], bytes]:
         {"lanes": "many"},
         {"artifact_sha256": "0"},
         {"name": None, "edges": None},
+        {"lanes": 0},
+        {"lanes": -1},
+        {"lanes": 10**7},
+        {"lanes": True},
+        {"strings": None},
+        {"strings": ["metres"]},
+        {"edges": [3]},
+        {"edges": [{"direction": "up"}]},
+        {"edges": []},
+        {"platforms": ["tpu"]},
+        {"platforms": "cpu"},
+        {"secure_sums": [{}]},
+        {"secure_sums": {"name": "x"}},
+        {"parameters": ["{int32}@CLIENTS"]},
+        {"parameter_names": ["x", "y"]},
+        {"arguments": []},
+        {"kind": "piece"},
+        {"enable_x64": "no"},
+        {"versions": {"jax": 3}},
     ],
 )
 def test_a_forged_manifest_is_an_error_of_storage(change, folder, exported, tmp_path):
@@ -593,6 +617,76 @@ def test_an_artifact_of_a_newer_jax_is_explained(folder, exported, tmp_path):
     # A newer one that is understood all the same runs.
     loaded = load_computation(sealed(tmp_path / "fine", with_artifact(newer, artifact)))
     assert loaded([1.0, 3.0]) == 2.0
+
+
+def test_a_damaged_artifact_is_explained_at_the_first_call(folder, exported, tmp_path):
+    manifest, artifact = manifest_of(folder, exported)
+    start = artifact.index(b"ML\xefR")  # the magic number of MLIR's bytecode
+    damaged = artifact[: start + 100] + bytes(200) + artifact[start + 300 :]
+    path = sealed(tmp_path / "damaged", with_artifact(manifest, damaged))
+    with pytest.raises(
+        StorageError, match=r"expected a computation that JAX .*the file is damaged"
+    ):
+        load_computation(path)([1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"platforms": None},
+        {"platforms": 3},
+        {"platforms": ()},
+        {"platforms": "cpu"},
+        {"platforms": [None]},
+        {"lanes": None},
+        {"lanes": 1.5},
+        {"lanes": 0},
+        {"lanes": np.array([1, 2])},
+        {"sequence_capacity": "a"},
+        {"sequence_capacity": True},
+        {"sequence_capacity": 2**40},
+        {"sequence_capacity": np.array([1, 2])},
+    ],
+    ids=lambda options: "-".join(map(str, (*options, *options.values()))),
+)
+def test_options_that_are_none_are_refused(options, tmp_path):
+    with pytest.raises(ArgumentError, match=f"Expected (a tuple of )?{next(iter(options))}"):
+        export(computation("mean"), tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x"], ids=repr)
+def test_a_path_that_is_none_is_a_type_error(path):
+    with pytest.raises(FederatedTypeError, match=r"Expected a path, as a str or a pathlib.Path"):
+        export(computation("mean"), path)
+    with pytest.raises(FederatedTypeError, match=r"Expected a path, as a str or a pathlib.Path"):
+        load_computation(path)
+
+
+def test_types_that_no_file_can_name_are_refused(tmp_path):
+    """As deep as types may be; with what is around them that is too deep for the notation."""
+    member = functools.reduce(lambda t, _: [t], range(100), F32)
+    deep = fc.federated_computation(lambda x: x, at_server(member))
+    with pytest.raises(NotExportableError, match=r"that can be read from a file.* 100 deep"):
+        export(deep, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def identity_of(dtype: str) -> fc.Computation:
+    t = at_server(getattr(jnp, dtype))
+    return fc.federated_computation(lambda x: fc.federated_map(lambda y: y, x), t)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "bfloat16", "float8_e4m3fn"])
+def test_small_dtypes_are_exported(dtype, tmp_path):
+    export(identity_of(dtype), tmp_path / "x", platforms=("cpu",))
+    assert load_computation(tmp_path / "x")(jnp.ones((), getattr(jnp, dtype))) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int2", "uint2"])
+def test_dtypes_that_jax_does_not_write_to_files_are_refused(dtype, tmp_path):
+    with pytest.raises(NotExportableError, match=f"{dtype}.*; use another dtype"):
+        export(identity_of(dtype), tmp_path / "x", platforms=("cpu",))
 
 
 def test_one_load_for_states_and_computations(folder, exported, tmp_path):

@@ -190,8 +190,12 @@ def test_lists_give_python_values():
     assert form("mean").run(x=[[1.0] * 3]).tolist() == [1.0] * 3
     with pytest.raises(FederatedTypeError, match="argument 0 `x` of `lambda`, client 1"):
         form("mean").run([[1.0] * 3, [2.0]])
-    with pytest.raises(ArgumentError, match="group_size of at least 1"):
-        form("mean").run([[1.0] * 3], group_size=0)
+
+
+@pytest.mark.parametrize("group_size", [0, 1.5, "a", None, True])
+def test_a_size_of_groups_that_is_none_is_refused(group_size):
+    with pytest.raises(ArgumentError, match="Expected group_size to be a positive int, got"):
+        form("mean").run([[1.0] * 3], group_size=group_size)
 
 
 def test_a_driver_of_ones_own():

@@ -149,7 +149,7 @@ def test_infer_type_of_federated_values():
     assert str(fc.infer_type(same)) == "float64[5,3]@CLIENTS"
     assert str(fc.infer_type(fc.Federated(0.5, fc.SERVER))) == "float32@SERVER"
     assert str(fc.infer_type([same, 1])) == "<float64[5,3]@CLIENTS,int32>"
-    with pytest.raises(FederatedTypeError, match=r"clients axis .* at \['b'\]; stack"):
+    with pytest.raises(FederatedTypeError, match=r"clients axis .* at \.b; stack"):
         fc.infer_type(fc.Federated({"a": np.zeros(3), "b": 1}, fc.CLIENTS))
 
 
@@ -243,3 +243,19 @@ def test_check_sum_compatible():
         check_sum_compatible(parse_type(text))
     with pytest.raises(TypeError, match=r"`v` to be numbers .* bool cannot be summed at \.m;"):
         check_sum_compatible(parse_type("<m=bool>"), "`v`")
+
+
+def test_masked_arrays_have_no_type():
+    """Their mask would be lost."""
+    masked = np.ma.array([1.0, 2.0], mask=[False, True])
+    with pytest.raises(FederatedTypeError, match=r"without a mask at \.x, got a masked one"):
+        fc.infer_type({"x": masked})
+
+
+def test_the_elements_of_a_sequence_are_arrays():
+    with pytest.raises(
+        FederatedTypeError, match=r"one of rows in a sequence, got 1 at \.rows\[0\]"
+    ):
+        fc.infer_type({"rows": fc.Sequence([1, 2], np.int32(0), np.int32(2), 2)})
+    with pytest.raises(FederatedTypeError, match=r"clients axis .* got 'a'"):
+        fc.infer_type(fc.Federated("a", fc.CLIENTS))

@@ -373,3 +373,60 @@ def test_functions_that_return_the_wrong_thing():
         floats([1]).map(lambda x: None)
     with pytest.raises(FederatedTypeError, match=r"Sequence.scan.*\(carry, output\)"):
         floats([1]).scan(0.0, lambda c, x: c + x)
+
+
+@pytest.mark.parametrize("length", [0, 3, np.int64(2), np.uint8(3), np.array(2), jnp.int32(2)])
+def test_a_length_is_an_int(length):
+    rows = fc.Sequence.from_elements(jnp.arange(3), length)
+    assert (int(rows.length), rows.length.dtype) == (int(length), jnp.int32)
+
+
+@pytest.mark.parametrize("length", [True, 1.0, "a", [1], np.bool_(1), np.float32(1)], ids=repr)
+def test_a_length_that_is_no_int_is_refused(length):
+    with pytest.raises(FederatedTypeError, match="Expected an int as the length"):
+        fc.Sequence.from_elements(jnp.arange(3), length)
+
+
+@pytest.mark.parametrize("length", [-1, 4, 2**70, np.int64(9), np.array(-1)], ids=repr)
+def test_a_length_that_the_rows_do_not_have_is_refused(length):
+    with pytest.raises(ArgumentError, match="Expected a length from 0 to 3"):
+        fc.Sequence.from_elements(jnp.arange(3), length)
+
+
+@pytest.mark.parametrize(("length", "nearest"), [(-5, 0), (2, 2), (7, 3), (2**31 - 1, 3)])
+def test_a_length_that_is_not_known_counts_as_the_nearest(length, nearest):
+    """1 + 2 + 4, as far as there are rows."""
+    x = jnp.array([1, 2, 4])
+
+    @jax.jit
+    def all_ways(length):
+        s = fc.Sequence.from_elements(x, length)
+        add = lambda total, y: (total + y, y)  # noqa: E731
+        totals = s.sum(), s.reduce(0, jnp.add), s.scan(0, add)[0], s.map(lambda y: y).sum()
+        return totals, s.map(lambda y: y).length, s.batch(2).length
+
+    totals, mapped, batches = all_ways(length)
+    assert [int(total) for total in totals] == [sum([1, 2, 4][:nearest])] * 4
+    assert (int(mapped), int(batches)) == (nearest, -(-nearest // 2))
+
+
+@pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**70])
+def test_batches_of_more_examples_than_positions_are_refused(size):
+    with pytest.raises(ArgumentError, match="Expected a batch size with which positions fit"):
+        fc.Sequence.from_elements(jnp.arange(3)).batch(size)
+
+
+def test_folds_start_with_numbers_that_jax_holds():
+    rows = fc.Sequence.from_elements(jnp.arange(3))
+    with pytest.raises(ArgumentError, match=r"Sequence\.reduce: zero: .* holds"):
+        rows.reduce(2**40, jnp.add)
+    with pytest.raises(ArgumentError, match=r"Sequence\.scan: init: .* holds"):
+        rows.scan(2**70, lambda total, x: (total + x, x))
+
+
+@pytest.mark.filterwarnings("ignore:Data type alias")
+@pytest.mark.parametrize("text", ["a", "2"])
+def test_folds_do_not_start_with_text(text):
+    rows = fc.Sequence.from_elements(jnp.arange(3))
+    with pytest.raises(FederatedTypeError, match=r"Sequence\.reduce: zero: .* got '[a2]'"):
+        rows.reduce(text, jnp.add)

@@ -326,3 +326,47 @@ def test_placements_are_checked():
         fc.FederatedType(np.float32, "clients")
     with pytest.raises(TypeError, match="CLIENTS or SERVER"):
         fc.Federated(np.zeros(3), "clients")
+
+
+def containing_themselves():
+    """A list in itself, twice, a dict, a list of named fields, one in another; and a deep nest."""
+    once, twice, named, fields = [], [], {}, []
+    once.append(once)
+    twice.extend([twice, twice])
+    named["a"] = named
+    fields.append(("a", fields))
+    deep = np.float32
+    for _ in range(20_000):
+        deep = [deep]
+    return {
+        "once": once,
+        "twice": twice,
+        "dict": named,
+        "fields": fields,
+        "in": (once,),
+        "deep": deep,
+    }
+
+
+@pytest.mark.parametrize("name", ["once", "twice", "dict", "fields", "in", "deep"])
+def test_what_contains_itself_has_no_type(name):
+    """JAX would follow it until the interpreter's stack ends."""
+    nest = containing_themselves()[name]
+    for convert in (fc.to_type, fc.infer_type, fc.StructType, fc.Sequence.from_elements):
+        with pytest.raises(FederatedTypeError, match=r"at most 100 deep, .* or contains itself"):
+            convert(nest if convert is not fc.StructType else [nest])
+    if name == "fields":  # the name is a value here, and has no clients axis
+        return
+    for value in (fc.Federated(nest, fc.CLIENTS), fc.Sequence(nest, 0, 0, 2)):
+        with pytest.raises(FederatedTypeError, match=r"at most 100 deep, .* or contains itself"):
+            fc.infer_type(value)
+
+
+def test_100_containers_inside_one_another_have_a_type():
+    spec, value = np.int32, 1
+    for _ in range(100):
+        spec, value = [spec], [value]
+    assert str(fc.to_type(spec)) == "<" * 100 + "int32" + ">" * 100
+    assert fc.infer_type(value) == fc.to_type(spec)
+    with pytest.raises(FederatedTypeError, match="at most 100 deep"):
+        fc.to_type([spec])
