@@ -20,6 +20,7 @@ from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, results, types
 from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.bodies import bind_functions, inline, trace_program
+from fedjax_core.language.containers import check_nesting
 from fedjax_core.language.local import TypedFunction, name_of, positional_names, split_function
 from fedjax_core.language.program import Constant, Program, SecureSum
 from fedjax_core.language.tracing import Value
@@ -76,6 +77,9 @@ class Computation(TypedFunction):
             return self._finish(self._jitted(*args))
         names = self.program.parameter_names
         args = bind_arguments(self.program.name, names, len(self.parameters), args, kwargs)
+        for k, arg in enumerate(args):
+            if isinstance(arg, list | tuple | dict):
+                check_nesting(arg, self.program.name_of_argument(k))
         functions = {k: args[k] for k in self._functions() if not isinstance(args[k], Value)}
         if functions:
             rest = (arg for k, arg in enumerate(args) if k not in functions)

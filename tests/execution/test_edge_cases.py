@@ -175,3 +175,11 @@ def test_functions_are_bound_before_lowering():
         with pytest.raises(FederatedTypeError, match=r"argument 0 `f` .*first, with bind"):
             use()
     assert len(apply.bind(jnp.sin).place([1.0, 2.0])) == 1
+
+
+def test_arguments_that_contain_themselves():
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(FederatedTypeError, match="argument 0 `value` of `federated_sum`"):
+        define(fc.federated_sum, F32)(endless)
+    assert define(fc.federated_sum, F32)([1.0]) == 1.0
