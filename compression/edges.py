@@ -4,7 +4,9 @@ uplink    = broadcast of hints + map of encode + sum of decoded messages + map o
 downlink  = map of encode at the server + broadcast of the message, decoded by each client
 """
 
-from typing import Any, NamedTuple, cast
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +25,40 @@ from fedjax_core.language.placements import CLIENTS
 from fedjax_core.language.tracing import Value
 
 
-class PlacedKeys(NamedTuple):
-    """The randomness of a round, where it is needed.
+class PlacedKeys:
+    """The randomness of a round, where it is needed."""
 
-    Attributes:
-      server: the round's key at the server, `key@SERVER`.
-      shared: the same key at the clients, `key@CLIENTS`.
-      client: each client's own key, `{key}@CLIENTS`.
-    """
+    def __init__(self, server: Value, shared: Value, client: Value) -> None:
+        given = {"server": server, "shared": shared, "client": client}
+        self._make: Callable[[str], Value] = given.__getitem__
 
-    server: Value
-    shared: Value
-    client: Value
+    @functools.cached_property
+    def server(self) -> Value:
+        """The round's key at the server, `key@SERVER`."""
+        return self._make("server")
+
+    @functools.cached_property
+    def shared(self) -> Value:
+        """The same key at the clients, `key@CLIENTS`."""
+        return self._make("shared")
+
+    @functools.cached_property
+    def client(self) -> Value:
+        """Each client's own key, `{key}@CLIENTS`."""
+        return self._make("client")
 
     def fold_in(self, tag: int) -> "PlacedKeys":
-        """The keys of one part of the round, told from the other parts by `tag`."""
+        """The keys of one part of the round, told from the other parts by `tag`.
+
+        Only the keys that the part asks for become operations of the program.
+        """
 
         def fold(key: jax.Array) -> jax.Array:
             return jax.random.fold_in(key, tag)
 
-        return PlacedKeys(*(federated_map(fold, key) for key in self))
+        folded = PlacedKeys.__new__(PlacedKeys)
+        folded._make = lambda kind: federated_map(fold, getattr(self, kind))
+        return folded
 
 
 def uplink(

@@ -1,6 +1,7 @@
 """What all types have in common: their notation, and how one is compared with another."""
 
 import abc
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, Self
@@ -114,9 +115,14 @@ class Type(abc.ABC):
             )
         return self
 
-    def contains(self, kind: "type[Type]") -> bool:
-        """Whether this type, or one inside it, is an instance of `kind`."""
-        return isinstance(self, kind) or any(child.contains(kind) for child in self.children())
+    def contains(self, *kinds: "type[Type]") -> bool:
+        """Whether this type, or one inside it, is an instance of one of `kinds`."""
+        return any(issubclass(kind, kinds) for kind in self._kinds)
+
+    @functools.cached_property
+    def _kinds(self) -> "frozenset[type[Type]]":
+        """The classes of this type and of those inside it."""
+        return frozenset([type(self)]).union(*(child._kinds for child in self.children()))
 
 
 def differs(target: Type, source: Type) -> Misfit:

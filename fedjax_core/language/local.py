@@ -71,7 +71,7 @@ class Local:
         given = tuple(inference.infer_type(arg) for arg in args)
         for position, (expected, got) in enumerate(zip(self.parameters, given, strict=True)):
             check_runtime(expected, got, f"argument {position} of `{self.name}`")
-        traced, result = _trace(self.function, args, self.name)
+        traced, result = _trace(self.function, jax.tree.map(_shape_of, args), self.name)
         if not self.result.is_equivalent_to(result):
             raise FederatedTypeError(
                 f"Expected `{self.name}` to return {self.result} whatever the capacity of its "
@@ -112,7 +112,7 @@ def name_of(function: Any) -> str:
 
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tuple[Traced, Type]:
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.map(_shape_of, args))
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     _check_captured(jaxpr.consts, name)
     if shapes is None:
         raise FederatedTypeError(

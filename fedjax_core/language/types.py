@@ -247,8 +247,6 @@ class PlacementType(Type):
 
 
 def _refuse_inside(t: Type, what: str, kinds: tuple[type[Type], ...]) -> None:
-    for kind in kinds:
-        if t.contains(kind):
-            raise MisplacedTypeError(
-                f"Expected no {kind.__name__} inside {what}, got {shorten(t)}."
-            )
+    if t.contains(*kinds):
+        found = next(kind for kind in kinds if t.contains(kind))
+        raise MisplacedTypeError(f"Expected no {found.__name__} inside {what}, got {shorten(t)}.")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool
 
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
@@ -169,10 +169,11 @@ def fill_padding(batch: Mapping[str, Array], mask: Bool[Array, " batch"]) -> dic
     index = jnp.arange(mask.shape[0])
     kept_first = jnp.argsort(~mask, stable=True)
     num_kept = jnp.sum(mask, dtype=jnp.int32)
-    source = jnp.where(mask, index, kept_first[index % jnp.maximum(num_kept, 1)])
+    in_turn = jnp.take(kept_first, index % jnp.maximum(num_kept, 1), mode="clip")
+    source = jnp.where(mask, index, in_turn)
 
     def fill(rows: Array) -> Array:
         filled = jnp.take(rows, source, axis=0, mode="clip")
-        return jnp.where(num_kept > 0, filled, jnp.zeros_like(filled))
+        return lax.select(num_kept > 0, filled, lax.full_like(filled, 0))
 
     return {name: fill(rows) for name, rows in batch.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
@@ -33,8 +33,9 @@ def safe_div(numerator: ArrayLike, denominator: ArrayLike) -> Array:
     """
     denominator = jnp.asarray(denominator)
     is_zero = denominator == 0
-    quotient = jnp.asarray(numerator) / jnp.where(is_zero, jnp.ones_like(denominator), denominator)
-    return jnp.where(is_zero, jnp.zeros_like(quotient), quotient)
+    safe = lax.select(is_zero, lax.full_like(denominator, 1), denominator)
+    quotient = jnp.asarray(numerator) / safe
+    return jnp.where(is_zero, lax.full_like(quotient, 0), quotient)
 
 
 class Mean(NamedTuple):
@@ -122,8 +123,8 @@ def softmax_cross_entropy(
     # A comparison instead of an indexed read: its gradient is no scatter, and a label of -1 does
     # not silently mean the last class.
     is_label = labels[:, None] == classes[None, :]
-    picked = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    log_probabilities = jax.nn.log_softmax(logits)
+    losses = -jnp.sum(jnp.where(is_label, log_probabilities, 0.0), axis=-1)
     return jnp.where(jnp.any(is_label, axis=-1), losses, jnp.nan)
 
 

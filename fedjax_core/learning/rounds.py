@@ -125,13 +125,16 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
     )
     _check_update(state.params, update)
     stats = federated_sum(output.metrics, name="metrics")
-    counts = _count_statuses(screened.status)
+    received = _count_statuses(screened.status)
     work_state = _finish_work(parts.client_work, state.client_work, output)
-    new_state, rejected = federated_map(
-        _server_step(parts.server_optimizer), state, update, aggregator_state, work_state, counts
-    )
-    counts = federated_map(
-        lambda counts, rejected: counts | {"update_rejected": rejected}, counts, rejected
+    new_state, counts = federated_map(
+        _server_step(parts.server_optimizer),
+        state,
+        update,
+        aggregator_state,
+        work_state,
+        received.count,
+        received.total,
     )
     return Round(new_state, federated_map(finish_metrics, stats), counts, measurements)
 
@@ -187,29 +190,28 @@ def screen(output: ClientOutput) -> Screened:
     is_weighted = jnp.isfinite(output.weight) & (output.weight > 0)
     is_empty = output.metrics["num_examples"].total == 0
     counts_in = is_finite & is_weighted & ~is_empty
-    keep = lambda x: jnp.where(counts_in, x, jnp.zeros_like(x))  # noqa: E731
+    keep = lambda x: lax.select(counts_in, x, lax.full_like(x, 0))  # noqa: E731
     reasons = jnp.stack([counts_in, is_empty, ~is_finite, ~is_weighted])
     return Screened(jax.tree.map(keep, output), jnp.argmax(reasons).astype(jnp.uint8))
 
 
 def _count_statuses(status: Value) -> Value:
-    """How many clients there are, and how many fared in which way: one byte from each."""
+    """How many clients there are, and how many fared in which way: one byte from each.
+
+    Returns:
+      `Received`, whose `total` maps `STATUSES` to int32 scalars.
+    """
 
     def receive(status: jax.Array) -> tuple[dict[str, jax.Array], tuple[()]]:
         return {name: jnp.int32(status == i) for i, name in enumerate(STATUSES)}, ()
 
-    received = sum_messages(
+    return sum_messages(
         status,
         codec="status",
         receive=receive,
         bits=lambda status: BitCount.of(8),
         name="metrics",
     )
-
-    def collect(counts: dict[str, jax.Array], num_clients: jax.Array) -> dict[str, jax.Array]:
-        return {"num_clients": num_clients, **counts}
-
-    return federated_map(collect, received.total, received.count)
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -226,10 +228,15 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 def _server_step(
     optimizer: "optax.GradientTransformation",
-) -> Callable[..., tuple[State, jax.Array]]:
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     def server_step(
-        state: State, update: Any, aggregator: Any, client_work: Any, counts: dict[str, jax.Array]
-    ) -> tuple[State, jax.Array]:
+        state: State,
+        update: Any,
+        aggregator: Any,
+        client_work: Any,
+        num_clients: jax.Array,
+        statuses: dict[str, jax.Array],
+    ) -> tuple[State, dict[str, jax.Array]]:
         """One step of the server optimiser, or none if there is nothing sound to step along."""
         import optax
 
@@ -237,11 +244,12 @@ def _server_step(
         step, new = optimizer.update(update, old, state.params)
         params = optax.apply_updates(state.params, step)
         is_finite = _all_finite((update, params))
-        is_accepted = is_finite & (counts["num_participants"] > 0)
+        is_accepted = is_finite & (statuses["num_participants"] > 0)
         stepped = state._replace(
             params=params, optimizer=new, aggregator=aggregator, client_work=client_work
         )
-        kept = jax.tree.map(lambda a, b: jnp.where(is_accepted, a, b), stepped, state)
-        return kept._replace(round=state.round + 1), (~is_finite).astype(jnp.int32)
+        kept = jax.tree.map(lambda a, b: lax.select(is_accepted, a, b), stepped, state)
+        counts = {"num_clients": num_clients, **statuses, "update_rejected": jnp.int32(~is_finite)}
+        return kept._replace(round=state.round + 1), counts
 
     return server_step
