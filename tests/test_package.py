@@ -109,17 +109,25 @@ def test_the_list_of_packages_is_complete():
 
 
 def test_importing_is_quick_and_loads_nothing_heavy(tmp_path):
-    # Processor time, the least of five: other processes on the machine do not count.
+    # Processor time, the least of five: other processes on the machine do not count, nor does the
+    # first import, which compiles.
     code = (
         "import json, sys, time\n"
-        "import jax\n"
+        "sys.dont_write_bytecode = False\n"
+        f"sys.pycache_prefix = {str(tmp_path / 'bytecode')!r}\n"
         "begin = time.process_time()\n"
+        "import jax\n"
+        "middle = time.process_time()\n"
         "import fedjax_core\n"
-        "print(json.dumps([time.process_time() - begin, sorted(sys.modules)]))"
+        "times = middle - begin, time.process_time() - middle\n"
+        "print(json.dumps([*times, sorted(sys.modules)]))"
     )
+    _python(code, tmp_path)
     runs = [json.loads(_python(code, tmp_path)) for _ in range(5)]
-    assert min(seconds for seconds, _ in runs) < 0.3
-    loaded = {name.split(".")[0] for name in runs[0][1]}
+    jax_seconds, seconds = (min(run[k] for run in runs) for k in (0, 1))
+    # On a machine that imports JAX in 0.8 s or less; a slower one may take longer.
+    assert seconds < 0.3 * max(1.0, jax_seconds / 0.8)
+    loaded = {name.split(".")[0] for name in runs[0][2]}
     assert loaded.isdisjoint(HEAVY), loaded.intersection(HEAVY)
 
 
