@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -361,6 +362,7 @@ def exported(computation: fc.Computation, args: list[Any], valid: np.ndarray) ->
 
 
 # Without shrinking, which would compile programs for minutes: a failing program is printed whole.
+@pytest.mark.timeout(1800)
 @settings(
     max_examples=NUM_PROGRAMS,
     deadline=None,
