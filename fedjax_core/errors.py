@@ -55,6 +55,10 @@ class UnknownClientError(DataError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class DeviceMemoryError(FedjaxError, MemoryError):
+    """Arrays that do not fit into the memory there is; raised before any of it is taken."""
+
+
 class StorageError(FedjaxError, OSError):
     """A file, a cache folder or a download that cannot be used."""
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,6 +57,38 @@ class Cohort:
         return f"Cohort(num_clients={size}, capacity={self.capacity}, examples={shapes})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Clients as slices of a pool of examples, on the host.
+
+    Attributes:
+      start: int64 ``[clients]``, the first row of each.
+      length: int32 ``[clients]``.
+      uid, index, valid: as in `Cohort`.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    uid: np.ndarray
+    index: np.ndarray
+    valid: np.ndarray
+
+    def packed(self) -> "Slices":
+        """The same clients in a pool that holds their rows alone, one client after the other."""
+        start = np.cumsum(self.length, dtype=np.int64) - self.length
+        return dataclasses.replace(self, start=np.where(self.valid, start, 0))
+
+    def of(self, examples: dict[str, Any], capacity: int) -> Cohort:
+        """The clients as a cohort of a pool.
+
+        Args:
+          examples: the pool, feature name -> array ``[rows, ...]``.
+          capacity: see `Cohort`.
+        """
+        start = self.start.astype(np.int32)
+        return Cohort(examples, start, self.length, self.uid, self.index, self.valid, capacity)
+
+
 def client_uid(client_id: str) -> np.ndarray:
     """The first 64 bits of the SHA-256 of a client's id, as two big-endian uint32.
 
@@ -87,6 +121,11 @@ def gather_rows(array: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     # mode="clip" writes straight into `out`; the default mode would make a second copy.
     np.take(array, rows, axis=0, out=gathered[: len(rows)], mode="clip")
     return gathered
+
+
+def bytes_per_row(examples: Mapping[str, Any]) -> int:
+    """What one example of a pool takes in memory."""
+    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in examples.values())
 
 
 def slice_rows(start: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -5,14 +5,17 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from fedjax_core.datasets import checks
 from fedjax_core.datasets import cohort as cohorts
-from fedjax_core.datasets.cohort import Cohort
+from fedjax_core.datasets.cohort import Cohort, Slices, bytes_per_row
+from fedjax_core.datasets.resident import DeviceDataset, put_on_device
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError, UnknownClientError
+from fedjax_core.memory import check_fits
 
 # Above this many clients a search for similar ids would take longer than a person waits.
 _MAX_CLIENTS_TO_COMPARE = 20_000
@@ -75,6 +78,11 @@ class FederatedDataset:
         return {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in self.examples.items()}
 
     @functools.cached_property
+    def bytes_per_example(self) -> int:
+        """What one example takes in memory."""
+        return bytes_per_row(self.examples)
+
+    @functools.cached_property
     def _positions(self) -> dict[str, int]:
         return {client_id: i for i, client_id in enumerate(self.client_ids)}
 
@@ -108,24 +116,69 @@ class FederatedDataset:
           FederatedTypeError: an id that is no str, or one str in place of a list.
           ArgumentError: `num_clients` is below the number of ids.
         """
-        positions = self._distinct_positions(ids)
-        size = _padded_size(num_clients, len(positions))
-        length = self.num_examples[positions]
-        rows = cohorts.slice_rows(self.offsets[positions], length)
+        return self.cohort_at(self.positions(ids), num_clients)
+
+    def cohort_at(self, positions: np.ndarray, num_clients: int | None = None) -> Cohort:
+        """As `cohort`, of the clients at these different positions of `client_ids`.
+
+        Raises:
+          DeviceMemoryError: the examples do not fit into memory; nothing was allocated.
+        """
+        slices = self.slices_at(positions, num_clients)
+        rows = cohorts.slice_rows(slices.start, slices.length)
         num_rows = cohorts.next_power_of_two(len(rows))
         if num_rows > 2**31:
             raise DataError(
                 f"a cohort holds at most 2**31 examples, got {len(rows)} in {len(positions)} "
                 "clients; take fewer clients a round"
             )
-        return Cohort(
-            examples={n: cohorts.gather_rows(x, rows, num_rows) for n, x in self.examples.items()},
-            start=_pad(np.cumsum(length) - length, size, 0, np.int32),
-            length=_pad(length, size, 0, np.int32),
+        what = f"the {len(rows):,} examples of {len(positions):,} clients of {self.name!r}"
+        remedy = "take fewer clients a round"
+        check_fits(num_rows * self.bytes_per_example, what, remedy, on_host=True)
+        pool = {n: cohorts.gather_rows(x, rows, num_rows) for n, x in self.examples.items()}
+        return slices.packed().of(pool, cohorts.next_power_of_two(int(slices.length.max())))
+
+    def on_device(self, device: Any = None) -> DeviceDataset:
+        """The dataset with its examples on a device, as they are stored.
+
+        Rounds then gather their examples there: what the host sends is a few numbers a client, and
+        all cohorts of one size share one compiled program.
+
+        Args:
+          device: a `jax.Device` or a sharding; JAX's default device if not given.
+
+        Raises:
+          DeviceMemoryError: the examples do not fit there; nothing was allocated.
+          DataError: more than 2**31 - 1 examples.
+
+        Examples:
+          >>> import numpy as np
+          >>> from fedjax_core.datasets import from_clients
+          >>> data = from_clients({"a": {"x": np.arange(3)}, "b": {"x": np.arange(2)}}).on_device()
+          >>> data.cohort(["b"]).start.tolist(), data.capacity
+          ([3], 4)
+        """
+        return put_on_device(self, device)
+
+    def slices_at(self, positions: np.ndarray, num_clients: int | None = None) -> Slices:
+        """The clients at these different positions of `client_ids` as slices of `examples`.
+
+        Args:
+          positions: integers ``[clients]``.
+          num_clients: padded size, see `cohort`.
+
+        Raises:
+          DataError: no position, the same one twice, or one that the dataset does not have.
+          ArgumentError: `num_clients` is below the number of positions.
+        """
+        positions = self._checked_positions(positions)
+        size = _padded_size(num_clients, len(positions))
+        return Slices(
+            start=_pad(self.offsets[positions], size, 0, np.int64),
+            length=_pad(self.num_examples[positions], size, 0, np.int32),
             uid=_pad(self._uids[positions], size, 0, np.uint32),
             index=_pad(positions, size, self.num_clients, np.int32),
             valid=_pad(np.ones(len(positions)), size, 0, np.bool_),
-            capacity=cohorts.next_power_of_two(int(length.max())),
         )
 
     def select(self, ids: Iterable[str]) -> "FederatedDataset":
@@ -134,7 +187,7 @@ class FederatedDataset:
         Raises:
           DataError, FederatedTypeError: as `cohort`.
         """
-        positions = self._distinct_positions(ids)
+        positions = self.positions(ids)
         length = self.num_examples[positions]
         rows = cohorts.slice_rows(self.offsets[positions], length)
         examples = {n: cohorts.gather_rows(x, rows, len(rows)) for n, x in self.examples.items()}
@@ -170,22 +223,43 @@ class FederatedDataset:
             f"clients; did you mean one of {close}? All ids are in `client_ids`"
         )
 
-    def _distinct_positions(self, ids: Iterable[str]) -> np.ndarray:
+    def positions(self, ids: Iterable[str]) -> np.ndarray:
+        """The positions of different clients in `client_ids`: int64 ``[clients]``.
+
+        Raises:
+          DataError, FederatedTypeError: as `cohort`.
+        """
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise FederatedTypeError(
                 f"expected a list of client ids, got {ids!r} of type {type(ids).__name__}; for one "
                 "client pass a list of one id"
             )
-        positions = [self._position(client_id) for client_id in ids]
-        if not positions:
+        found = np.asarray([self._position(client_id) for client_id in ids], np.int64)
+        return self._checked_positions(found)
+
+    def _checked_positions(self, positions: Any) -> np.ndarray:
+        positions = np.asarray(positions)
+        if positions.ndim != 1 or not len(positions):
             raise DataError(f"expected at least one client id of {self.name!r}, got none")
-        if len(set(positions)) < len(positions):
-            position, count = collections.Counter(positions).most_common(1)[0]
+        if positions.dtype.kind not in "iu":
+            raise FederatedTypeError(
+                f"expected positions of clients as integers, got {positions.dtype}; they are those "
+                "of `client_ids`, see `positions`"
+            )
+        ordered = np.sort(positions)
+        if ordered[0] < 0 or ordered[-1] >= self.num_clients:
+            wrong = ordered[0] if ordered[0] < 0 else ordered[-1]
+            raise UnknownClientError(
+                f"expected positions from 0 to {self.num_clients - 1} in the dataset "
+                f"{self.name!r}, got {wrong}"
+            )
+        if (ordered[1:] == ordered[:-1]).any():
+            position, count = collections.Counter(positions.tolist()).most_common(1)[0]
             raise DataError(
                 f"each client may be asked for once, got {self.client_ids[position]!r} {count} "
                 "times; sample without replacement or remove the repetition"
             )
-        return np.asarray(positions, np.int64)
+        return positions
 
 
 def _padded_size(num_clients: int | None, num_ids: int) -> int:

@@ -1,5 +1,6 @@
 """Which clients take part in a round."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -46,11 +47,32 @@ def uniform(dataset: FederatedDataset, clients_per_round: int, seed: int = 0) ->
             f"clients of {dataset.name!r}; ask for at most {dataset.num_clients}"
         )
 
-    def sample(round_number: int) -> list[str]:
-        number = checks.checked_count("round_number", round_number, least=0)
-        return [dataset.client_ids[i] for i in _first_of_shuffle(seed, number, dataset, size)]
+    return UniformSampler(dataset, size, seed)
 
-    return sample
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UniformSampler:
+    """What `uniform` makes: called with the number of a round, it returns the ids of its clients.
+
+    Attributes:
+      dataset: whose clients are drawn.
+      clients_per_round: how many.
+      seed: of the draws.
+    """
+
+    dataset: FederatedDataset
+    clients_per_round: int
+    seed: int
+
+    def __call__(self, round_number: int) -> list[str]:
+        """The ids of the clients of a round."""
+        client_ids = self.dataset.client_ids
+        return [client_ids[i] for i in self.positions(round_number).tolist()]
+
+    def positions(self, round_number: int) -> np.ndarray:
+        """Their positions in ``dataset.client_ids``: int64 ``[clients_per_round]``."""
+        number = checks.checked_count("round_number", round_number, least=0)
+        return _first_of_shuffle(self.seed, number, self.dataset, self.clients_per_round)
 
 
 def _first_of_shuffle(

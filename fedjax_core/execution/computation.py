@@ -13,9 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_core.errors import ArgumentError, FederatedTypeError
-from fedjax_core.execution import lowering, reference, sharding
+from fedjax_core.execution import lowering, reference, sharding, waves
 from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
-from fedjax_core.execution.config import Execution
+from fedjax_core.execution.config import HOST_DRIVEN, Execution
 from fedjax_core.execution.lowering import Outcome
 from fedjax_core.language import feeding, inference, results, types
 from fedjax_core.language.arguments import bind_arguments
@@ -182,18 +182,21 @@ class Computation(TypedFunction):
         clients = self._interface.check(args, num_clients, valid)
         pairs = zip(program.parameters, args, strict=True)
         values = {i: _with_possible_lengths(_bare(arg)) for i, arg in pairs}
+        if execution.mode in HOST_DRIVEN and any(
+            isinstance(x, Tracer) for x in jax.tree.leaves((args, valid))
+        ):
+            raise ArgumentError(
+                f"`{program.name}`: expected concrete values for mode='{execution.mode}', got "
+                "values that JAX is tracing; call it outside of jit, or use another mode."
+            )
         if execution.mode == "reference":
-            if any(isinstance(x, Tracer) for x in jax.tree.leaves((args, valid))):
-                raise ArgumentError(
-                    f"`{program.name}`: expected concrete values for mode='reference', got values "
-                    "that JAX is tracing; call it outside of jit, or use another mode."
-                )
             keep = np.ones(clients, bool) if valid is None else np.asarray(valid, bool)
             return _run_reference(program, values, keep)
         valid = jnp.ones(clients, bool) if valid is None else jnp.asarray(valid, bool)
         if execution.mesh is not None:
             return sharding.run(program, values, valid, execution)
-        return lowering.run(program, values, valid, execution.num_lanes(clients))
+        lanes, loop = execution.num_lanes(clients), waves.loop_of(execution.mode)
+        return lowering.run(program, values, valid, lanes, loop=loop)
 
     def _compute(self, *args: Any, num_clients: int | None = None) -> Any:
         """What a call compiles: the results but for strings, and what secure sums clipped."""
@@ -291,7 +294,7 @@ def _run_reference(program: Program, values: dict[int, Any], keep: np.ndarray) -
     clients = np.flatnonzero(keep).tolist()
     for i in program.parameters:
         if not lowering.is_uniform(program.ops[i]):
-            values[i] = [lowering.member(values[i], client) for client in clients]
+            values[i] = [waves.member(values[i], client) for client in clients]
     outcome = reference.run(program, values, len(clients))
     for i in set(program.results):
         if not lowering.is_uniform(program.ops[i]):

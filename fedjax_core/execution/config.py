@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
 
 from fedjax_core.errors import ArgumentError
 
-Mode = Literal["auto", "reference", "stacked", "streamed"]
+Mode = Literal["auto", "reference", "stacked", "streamed", "unrolled", "dispatched"]
+
+# Those that the host drives: no JAX transformation may be around them.
+HOST_DRIVEN = ("reference", "dispatched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +22,10 @@ class Execution:
     Args:
       mode: "reference", an interpreter over Python lists, slow and obviously right; "stacked", all
         clients side by side (memory grows with the cohort); "streamed", waves of clients one after
-        the other, with the aggregations fused into the loop (memory does not grow); "auto" is
-        "streamed".
+        the other in one loop, with the aggregations fused into it (memory does not grow);
+        "unrolled", the same waves without a loop around them (compilation grows with the cohort);
+        "dispatched", a program for one wave, which the host calls (it sees every wave, and can stop
+        between them); "auto" is "streamed".
       lanes: how many clients run side by side in one wave of the streamed mode, on each device.
         "auto" is a function of the backend alone: 1 on CPU, where batching the clients' own weights
         only adds work, else 16.
@@ -49,7 +54,7 @@ class Execution:
     donate: bool = False
 
     def __post_init__(self) -> None:
-        modes = ("auto", "reference", "stacked", "streamed")
+        modes = get_args(Mode)
         if not isinstance(self.mode, str) or self.mode not in modes:
             raise ArgumentError(f"Expected a mode out of {modes}, got {self.mode!r}.")
         is_auto = isinstance(self.lanes, str) and self.lanes == "auto"
@@ -78,10 +83,10 @@ class Execution:
                 f"Expected mesh to be a jax.sharding.Mesh, got {mesh!r}; make one with "
                 "jax.make_mesh((num_devices,), ('clients',))."
             )
-        if self.mode == "reference":
+        if self.mode in HOST_DRIVEN:
             raise ArgumentError(
-                "Expected no mesh in the reference mode, which runs in Python on one device, got "
-                f"{mesh!r}; leave out mesh, or use mode='auto'."
+                f"Expected no mesh in the {self.mode} mode, which the host drives on one device, "
+                f"got {mesh!r}; leave out mesh, or use mode='auto'."
             )
         missing = [name for name in self.axes if name not in mesh.axis_names]
         if missing:

@@ -6,17 +6,25 @@ that a later pass needs again are computed again, so that memory does not grow w
 clients. Stacked is the streamed form with a single wave.
 """
 
-import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fedjax_core.bits import BitCount
 from fedjax_core.execution import collectives
-from fedjax_core.execution.aggregations import AGGREGATIONS, Axis, across, message_bits, sent
+from fedjax_core.execution.aggregations import Axis, across, message_bits, sent
 from fedjax_core.execution.evaluation import call_local, evaluate
+from fedjax_core.execution.waves import (
+    Loop,
+    Pass,
+    Shared,
+    Values,
+    fused,
+    is_sequence,
+    rule_of,
+    split,
+)
 from fedjax_core.language.program import (
     Broadcast,
     Collect,
@@ -34,8 +42,6 @@ from fedjax_core.language.program import (
 )
 from fedjax_core.language.types import FederatedType
 from fedjax_core.language.values import Sequence
-
-Values = dict[int, Any]
 
 
 class Outcome(NamedTuple):
@@ -75,6 +81,7 @@ def run(
     lanes: int,
     axis: Axis = None,
     num_clients: int | None = None,
+    loop: Loop = fused,
 ) -> Outcome:
     """Runs a program on stacked values.
 
@@ -87,9 +94,10 @@ def run(
       axis: the mesh axes that the clients are spread over, where this runs on each device for the
         clients that it holds.
       num_clients: on all devices, the padding of the last ones left out; needed with `axis`.
+      loop: how the waves follow one another.
     """
     total = valid.shape[0] if num_clients is None else num_clients
-    lowering = _Lowering(program, valid, lanes, dict(values), axis, total)
+    lowering = _Lowering(program, valid, lanes, dict(values), axis, total, loop)
     for level in range(max(round_trips(program), default=0) + 1):
         lowering.evaluate_uniform(level)
         lowering.run_pass(level)
@@ -135,8 +143,10 @@ class _Lowering:
         values: Values,
         axis: Axis,
         num_clients: int,
+        loop: Loop,
     ) -> None:
         self.program = program
+        self.loop = loop
         self.axis = axis
         self.ops = program.ops
         self.results = program.results
@@ -188,15 +198,12 @@ class _Lowering:
         if not rising and not outputs:
             return
         rows = sorted({*outputs, *collected.values()})
-        waves = self._waves()
-        start = {i: _rule(self.ops[i]).zero(self.ops[i], self.values) for i in sinks}
+        start = {i: rule_of(self.ops[i]).zero(self.ops[i], self.values) for i in sinks}
         needed = self._needed(sinks + rows)
-
-        def wave(totals: Values, xs: tuple[Any, Any]) -> tuple[Values, Values]:
-            lanes, valid = xs
-            return self._run_wave(lanes, valid, totals, needed, rows)
-
-        totals, stacked = _scan(wave, start, (waves.values, waves.valid))
+        work = Pass(self.program, self.lanes, tuple(sinks), tuple(rows), tuple(needed))
+        waves = self._waves()
+        shared = Shared(self._read_by(work), self.stacked)
+        totals, stacked = self.loop(work, shared, start, (waves.values, waves.valid))
         stacked = {i: _unsplit(stacked[i], waves, self.valid.shape[0]) for i in rows}
         totals = self._across(totals) if rising else totals
         for i in sinks:
@@ -208,6 +215,11 @@ class _Lowering:
     def _is_output(self, i: int, level: int) -> bool:
         return self.levels[i] == level and not is_uniform(self.ops[i])
 
+    def _read_by(self, work: Pass) -> Values:
+        """What has one value for all, as far as a pass reads it."""
+        inputs = {j for i in (*work.needed, *work.sinks) for j in self.ops[i].inputs}
+        return {i: self.values[i] for i in sorted({*inputs, *work.rows}) if i in self.values}
+
     def _needed(self, targets: list[int]) -> list[int]:
         """The client operations that `targets` are computed from, in order."""
         needed: set[int] = set()
@@ -218,40 +230,6 @@ class _Lowering:
                 needed.add(i)
                 pending.extend(self.ops[i].inputs)
         return sorted(needed)
-
-    def _run_wave(
-        self, lanes: Any, valid: jax.Array, totals: Values, needed: list[int], outputs: list[int]
-    ) -> tuple[Values, Values]:
-        """Runs the clients of one wave and adds them to `totals`."""
-
-        def client(members: Any, is_valid: jax.Array) -> tuple[Values, Values]:
-            values = self._run_client(members, needed)
-            partial = {i: self._contribute(i, values, is_valid) for i in totals}
-            return partial, {i: values[i] for i in outputs}
-
-        if self.lanes == 1:  # no batching at all: convolutions keep their own form
-            first = jax.tree.map(lambda x: x[0], (lanes, valid))
-            partials, results = jax.tree.map(lambda x: jnp.asarray(x)[None], client(*first))
-        else:
-            partials, results = jax.vmap(client)(lanes, valid)
-        added = {i: _rule(self.ops[i]).add(self.ops[i], totals[i], partials[i]) for i in totals}
-        return added, results
-
-    def _run_client(self, members: Any, needed: list[int]) -> Values:
-        """The values of the needed operations at one client."""
-        values = dict(self.values)
-        for i in needed:
-            op = self.ops[i]
-            if isinstance(op, Parameter):
-                values[i] = _join(members[i], self.stacked[i])
-            elif not goes_up(op):
-                values[i] = evaluate(op, [values[j] for j in op.inputs])
-        return values
-
-    def _contribute(self, i: int, values: Values, is_valid: jax.Array) -> Any:
-        """One client's part of an aggregation."""
-        op = self.ops[i]
-        return _rule(op).contribute(op, [values[j] for j in op.inputs], is_valid)
 
     def _across(self, totals: dict[int, Any]) -> dict[int, Any]:
         """The totals of all devices; the first time the clients are counted along with them."""
@@ -266,7 +244,7 @@ class _Lowering:
     def _finish(self, i: int, total: Any) -> None:
         """Stores the result of an aggregation, and its bits."""
         op = self.ops[i]
-        self.values[i] = _rule(op).result(op, total)
+        self.values[i] = rule_of(op).result(op, total)
         if isinstance(op, Edge):
             self.ledger[i] = sent(self.program, op, total)
         if isinstance(op, SecureSum) and op.is_checked:
@@ -288,28 +266,24 @@ class _Lowering:
         """Splits the clients into waves, longest sequences first where several share a wave."""
         num_clients = self.valid.shape[0]
         num_waves = -(-num_clients // self.lanes)
-        split = {i: _split(value) for i, value in self.stacked.items()}
+        parts = {i: split(value) for i, value in self.stacked.items()}
         fold = lambda x: x.reshape(num_waves, self.lanes, *x.shape[1:])  # noqa: E731
         if self.lanes == 1 or num_clients == 0:
-            folded = jax.tree.map(lambda x: fold(jnp.asarray(x)), (split, self.valid))
+            folded = jax.tree.map(lambda x: fold(jnp.asarray(x)), (parts, self.valid))
             return Waves(*folded, inverse=None)
         order = self._order()
         lanes = jnp.concatenate([order, jnp.full(num_waves * self.lanes - num_clients, order[-1])])
         is_real = jnp.arange(num_waves * self.lanes) < num_clients
-        values = jax.tree.map(lambda x: fold(jnp.take(x, lanes, axis=0)), split)
+        values = jax.tree.map(lambda x: fold(jnp.take(x, lanes, axis=0)), parts)
         return Waves(values, fold(is_real & self.valid[lanes]), jnp.argsort(order))
 
     def _order(self) -> jax.Array:
         """The clients by the length of their first sequence, longest first."""
         for value in self.stacked.values():
-            for leaf in jax.tree.leaves(value, is_leaf=_is_sequence):
-                if _is_sequence(leaf):
+            for leaf in jax.tree.leaves(value, is_leaf=is_sequence):
+                if is_sequence(leaf):
                     return jnp.argsort(-leaf.length, stable=True)
         return jnp.arange(self.valid.shape[0])
-
-
-def _rule(op: Op) -> Any:
-    return AGGREGATIONS[type(op)]
 
 
 def collect(stacked: Any, valid: jax.Array) -> Sequence:
@@ -321,45 +295,6 @@ def collect(stacked: Any, valid: jax.Array) -> Sequence:
     order = jnp.argsort(~valid, stable=True)
     rows = jax.tree.map(lambda x: jnp.take(x, order, axis=0), stacked)
     return Sequence(rows, jnp.int32(0), jnp.sum(valid, dtype=jnp.int32), num_clients)
-
-
-def _is_sequence(x: Any) -> bool:
-    return isinstance(x, Sequence)
-
-
-def _scan(body: Any, start: Any, xs: Any) -> tuple[Any, Any]:
-    """`lax.scan`, but a single step runs outside of a loop."""
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        carry, ys = body(start, jax.tree.map(lambda x: x[0], xs))
-        return carry, jax.tree.map(lambda y: jnp.asarray(y)[None], ys)
-    return lax.scan(body, start, xs)
-
-
-def _split(value: Any) -> Any:
-    """The arrays of a stacked value that have a clients axis."""
-
-    def per_client(x: Any) -> Any:
-        return (x.start, x.length) if _is_sequence(x) and x.packed else x
-
-    return jax.tree.map(per_client, value, is_leaf=_is_sequence)
-
-
-def _join(member: Any, stacked: Any) -> Any:
-    """One client's value from its own arrays and the pools that all clients share."""
-
-    def one(x: Any, part: Any) -> Any:
-        if not (_is_sequence(x) and x.packed):
-            return part
-        start, length = part
-        pool = jax.tree.map(jnp.asarray, x.elements)
-        return dataclasses.replace(x, elements=pool, start=start, length=length, packed=False)
-
-    return jax.tree.map(one, stacked, member, is_leaf=_is_sequence)
-
-
-def member(stacked: Any, client: int) -> Any:
-    """One client's value out of a stacked one."""
-    return _join(jax.tree.map(lambda x: x[client], _split(stacked)), stacked)
 
 
 def _unsplit(results: Any, waves: Waves, num_clients: int) -> Any:

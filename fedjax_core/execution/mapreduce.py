@@ -16,7 +16,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.errors import ArgumentError
-from fedjax_core.execution import lowering
+from fedjax_core.execution import lowering, waves
 from fedjax_core.execution import manifest as artifacts
 from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
 from fedjax_core.execution.export import check_callbacks, check_functions, compile_flat
@@ -210,7 +210,7 @@ class MapReduceForm:
         for first in range(0, run.num_clients, group_size):
             total = self._zero(stage, run)
             for client in range(first, min(first + group_size, run.num_clients)):
-                output = stage.work(context, lowering.member(run.clients, client))
+                output = stage.work(context, waves.member(run.clients, client))
                 total = stage.accumulate.consume(total, output.contribution)
                 kept.append(output.kept)
             totals.append(total)

@@ -31,7 +31,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.execution import lowering
+from fedjax_core.execution import lowering, waves
 from fedjax_core.execution.config import Execution
 from fedjax_core.execution.lowering import Outcome, Values, is_uniform
 from fedjax_core.language.local import Local
@@ -186,7 +186,8 @@ def _compiled(program: Program, execution: Execution, num_clients: int) -> Calla
     everywhere: Any = P()
 
     def on_device(values: Values, valid: jax.Array) -> Outcome:
-        outcome = lowering.run(detached, values, valid, lanes, axis, num_clients)
+        loop = waves.loop_of(execution.mode)
+        outcome = lowering.run(detached, values, valid, lanes, axis, num_clients, loop)
         return outcome._replace(values={i: outcome.values[i] for i in kept})
 
     def sharded(values: Values, valid: jax.Array) -> Outcome:

@@ -8,7 +8,7 @@
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ from fedjax_core.aggregators.base import Aggregator
 from fedjax_core.aggregators.contract import checked
 from fedjax_core.compression.base import Codec
 from fedjax_core.datasets.cohort import Cohort
+from fedjax_core.datasets.federated import FederatedDataset
+from fedjax_core.datasets.resident import DeviceDataset
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
-from fedjax_core.execution import sharding
 from fedjax_core.execution.computation import Computation, federated_computation
-from fedjax_core.execution.config import Execution
+from fedjax_core.execution.config import HOST_DRIVEN, Execution
 from fedjax_core.language import inference, types
 from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.tracing import Value
@@ -32,8 +33,18 @@ from fedjax_core.language.values import Federated
 from fedjax_core.learning.client_work import ClientWork, injected_hyperparams
 from fedjax_core.learning.communication import Communication, itemise
 from fedjax_core.learning.evaluation import check_examples
+from fedjax_core.learning.many_rounds import make_many, run_rounds, source_of
+from fedjax_core.learning.memory import (
+    check_memory,
+    check_remembered,
+    has_memory,
+    place_state,
+    put_memory,
+    stack_memory,
+    take_memory,
+)
 from fedjax_core.learning.models import Model
-from fedjax_core.learning.rounds import Parts, Round, State, trace_round
+from fedjax_core.learning.rounds import Memory, Parts, Round, State, trace_round
 
 if TYPE_CHECKING:
     import optax  # half of the time that importing the library would take
@@ -63,16 +74,61 @@ class Algorithm(NamedTuple):
     """A federated algorithm.
 
     Attributes:
-      init: `(key) -> state`.
+      init: `(key, num_clients=None) -> state`. The number of clients of the dataset is needed where
+        clients remember something from round to round.
       update: `(state, cohort) -> (state, metrics)`, one round. Pure; it may be called inside `jit`,
         `vmap` over states and `scan`. Outside of JAX transformations it checks the cohort on the
         host first.
       computation: the round as a federated computation, for the model's own input types.
+      run: `(state, dataset, sampler, *, num_rounds, rounds_per_dispatch=None) -> (state, metrics)`,
+        many rounds, see `Run`.
     """
 
-    init: Callable[[jax.Array], State]
+    init: Callable[..., State]
     update: Callable[[State, Cohort], tuple[State, Metrics]]
     computation: Computation
+    run: "Run"
+
+
+class Run(Protocol):
+    """Many rounds, several of them in each compiled program."""
+
+    def __call__(
+        self,
+        state: State,
+        dataset: FederatedDataset | DeviceDataset,
+        sampler: Callable[[int], Any],
+        *,
+        num_rounds: int,
+        rounds_per_dispatch: int | None = None,
+    ) -> tuple[State, Metrics]:
+        """Runs rounds ``state.round, state.round + 1, ...`` of clients that `sampler` draws.
+
+        The same as as many calls of `update` with ``dataset.cohort(sampler(r))``: on CPU, bit for
+        bit. Between dispatches the host only draws clients, while the device computes; it reads
+        nothing back before the end. Ctrl-C ends the run after the dispatch in progress.
+
+        Args:
+          state: to begin with; it stays usable.
+          dataset: a `DeviceDataset` (``dataset.on_device()``), from which rounds gather their
+            examples on the device, or one in the memory of the host (or on disk, memory-mapped),
+            of which each dispatch is sent the rows that it needs.
+          sampler: from the number of a round to the ids of its clients; a pure function. Where it
+            has a method `positions`, as those of `sampling` do, that is asked instead.
+          num_rounds: how many.
+          rounds_per_dispatch: how many rounds one compiled program runs at most. The result does
+            not depend on it. By default 64, or fewer where their examples take more than 256 MiB.
+
+        Returns:
+          The state after the last round, and the metrics of all rounds: NumPy arrays with a leading
+          axis of rounds.
+
+        Raises:
+          FederatedTypeError: a state, a dataset or a sampler that is none.
+          ArgumentError: a number of rounds below 0, or of rounds in a dispatch below 1.
+          DataError: examples that do not fit the model.
+        """
+        ...
 
 
 def federated_learning(
@@ -106,41 +162,63 @@ def federated_learning(
     _check_parts(parts, execution)
     parts = parts._replace(aggregator=checked(parts.aggregator))
     make_state = jax.jit(_initializer(parts))
-    expected = jax.eval_shape(make_state, jax.eval_shape(lambda: jax.random.key(0)))
+    expected, member = jax.eval_shape(make_state, jax.eval_shape(lambda: jax.random.key(0)))
     computations = _ComputationCache(parts)
     element = types.to_type(dict(model.input_spec))
-    own = computations.for_types(inference.infer_type(expected), element)
+    remembered = inference.infer_type(member)
+    own = computations.for_types(inference.infer_type(expected), remembered, element)
 
-    def init(key: jax.Array) -> State:
+    def init(key: jax.Array, num_clients: int | None = None) -> State:
         _check_key(key)
-        return make_state(key)
+        check_memory(member, num_clients, execution)
+        state, memory = make_state(key)
+        return state._replace(clients=stack_memory(memory, num_clients, execution))
 
     def run(state: State, cohort: Cohort) -> tuple[State, Metrics]:
-        examples = cohort.sequence()
+        examples, memory = cohort.sequence(), take_memory(state.clients, cohort)
         element = cast(SequenceType, inference.infer_type(examples)).element
-        computation = computations.for_types(inference.infer_type(state), element)
-        lowered = computation.lower(execution)
-        args = (
-            Federated(state, SERVER),
-            Federated(examples, CLIENTS),
-            Federated(cohort.uid, CLIENTS),
+        bare = state._replace(clients=())
+        computation = computations.for_types(inference.infer_type(bare), remembered, element)
+        at_clients = (
+            (examples, cohort.uid, memory) if has_memory(member) else (examples, cohort.uid)
         )
-        result, ledger = lowered(*args, valid=cohort.valid)
+        args = (Federated(bare, SERVER), *(Federated(x, CLIENTS) for x in at_clients))
+        result, ledger = computation.lower(execution)(*args, valid=cohort.valid)
         values = jax.tree.map(lambda x: x.value, result, is_leaf=lambda x: isinstance(x, Federated))
         communication = itemise(computation.program, ledger)
-        return values.state, Metrics(values.train, values.clients, values.aggregator, communication)
+        metrics = Metrics(values.train, values.clients, values.aggregator, communication)
+        clients = put_memory(state.clients, cohort, values.memory)
+        return values.state._replace(clients=clients), metrics
 
     donated = (0,) if execution.donate else ()
-    run_round = run if execution.mode == "reference" else jax.jit(run, donate_argnums=donated)
+    run_round = run if execution.mode in HOST_DRIVEN else jax.jit(run, donate_argnums=donated)
 
     @functools.wraps(run)
     def update(state: State, cohort: Cohort) -> tuple[State, Metrics]:
         _check_state(expected, state)
         cohort = _select_features(model, cohort)
         _check_cohort(model, cohort)
-        return run_round(sharding.replicate(state, execution), cohort)
+        check_remembered(member, state.clients, cohort)
+        return run_round(place_state(state, execution), cohort)
 
-    return Algorithm(init, update, own)
+    run_many = make_many(run)
+
+    def many(
+        state: State,
+        dataset: FederatedDataset | DeviceDataset,
+        sampler: Callable[[int], Any],
+        *,
+        num_rounds: int,
+        rounds_per_dispatch: int | None = None,
+    ) -> tuple[State, Metrics]:
+        _check_state(expected, state)
+        source = source_of(dataset, model.input_spec)
+        check_examples(model, source.dataset.examples, where="run: the dataset's examples")
+        check_remembered(member, state.clients, source.dataset)
+        state = jax.tree.map(jnp.copy, place_state(state, execution))
+        return run_rounds(run_many, state, source, sampler, num_rounds, rounds_per_dispatch)
+
+    return Algorithm(init, update, own, many)
 
 
 def _check_parts(parts: Parts, execution: Execution) -> None:
@@ -171,26 +249,23 @@ def _check_state(expected: State, state: Any) -> None:
         raise FederatedTypeError(
             f"Expected the state that init returned, got {type(state).__name__}."
         )
-    found = inference.difference(expected._replace(key=state.key), state)
+    wanted = expected._replace(key=state.key, clients=state.clients)
+    found = inference.difference(wanted, state)
     if found:
         raise FederatedTypeError(
             f"The state does not fit: {found}; it has to come from the init of the same algorithm."
         )
 
 
-def _initializer(parts: Parts) -> Callable[[jax.Array], State]:
+def _initializer(parts: Parts) -> Callable[[jax.Array], tuple[State, Memory]]:
+    """The function from a key to the state, and to what one client remembers at first."""
     model, client_work, aggregator, server_optimizer, _ = parts
 
-    def init(key: jax.Array) -> State:
+    def init(key: jax.Array) -> tuple[State, Memory]:
         params = jax.tree.map(_strong, model.init(jax.random.fold_in(key, 0)))
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         aggregator_state, aggregator_memory = aggregator.init(template)
         work_state, work_memory = client_work.init(params)
-        if jax.tree.leaves((aggregator_memory, work_memory)):
-            raise ArgumentError(
-                "Expected client work, an aggregator and a codec without memory at the clients, "
-                "which algorithms do not keep between rounds yet; use ones whose init gives ()."
-            )
         optimizer = server_optimizer.init(params)
         hyperparams = {
             "client": client_work.hyperparams(params),
@@ -205,7 +280,8 @@ def _initializer(parts: Parts) -> Callable[[jax.Array], State]:
             hyperparams=hyperparams,
             key=jax.random.fold_in(key, 1),
         )
-        return jax.tree.map(_strong, state)
+        memory = Memory(work_memory, aggregator_memory)
+        return jax.tree.map(_strong, state), jax.tree.map(_strong, memory)
 
     return init
 
@@ -222,26 +298,33 @@ class _ComputationCache:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._computations: dict[tuple[types.Type, types.Type], Computation] = {}
+        self._computations: dict[tuple[types.Type, ...], Computation] = {}
         self._lock = threading.Lock()
 
-    def for_types(self, state: types.Type, element: types.Type) -> Computation:
-        """The computation for a state and examples of these types."""
+    def for_types(self, state: types.Type, memory: types.Type, element: types.Type) -> Computation:
+        """The computation for a state, a client's memory and examples of these types."""
+        key = state, memory, element
         with self._lock:
-            if (state, element) not in self._computations:
-                self._computations[state, element] = self._trace(state, element)
-            return self._computations[state, element]
+            if key not in self._computations:
+                self._computations[key] = self._trace(*key)
+            return self._computations[key]
 
-    def _trace(self, state: types.Type, element: types.Type) -> Computation:
+    def _trace(self, state: types.Type, memory: types.Type, element: types.Type) -> Computation:
         def federated_round(state: Value, examples: Value, uid: Value) -> Round:
             return trace_round(self._parts, state, examples, uid)
 
-        return federated_computation(
-            federated_round,
+        def remembering(state: Value, examples: Value, uid: Value, memory: Value) -> Round:
+            return trace_round(self._parts, state, examples, uid, memory)
+
+        parameters = (
             FederatedType(state, SERVER),
             FederatedType(SequenceType(element), CLIENTS),
             FederatedType(TensorType(np.uint32, (2,)), CLIENTS),
         )
+        if inference.is_empty(memory):
+            return federated_computation(federated_round, *parameters)
+        remembering.__name__ = federated_round.__name__
+        return federated_computation(remembering, *parameters, FederatedType(memory, CLIENTS))
 
 
 def _select_features(model: Model, cohort: Cohort) -> Cohort:

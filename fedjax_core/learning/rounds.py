@@ -19,6 +19,7 @@ from fedjax_core.aggregators.base import Aggregator, is_present
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec
 from fedjax_core.compression.edges import PlacedKeys, downlink
+from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language import inference
 from fedjax_core.language.messages import sum_messages
 from fedjax_core.language.operators import (
@@ -57,6 +58,8 @@ class State(NamedTuple):
       hyperparams: what may be swept: `{"client": {...}, "server": {...}}`, from
         `optax.inject_hyperparams`.
       key: the key that every round's key is folded from.
+      clients: what each client of the dataset remembers, a `Memory` of arrays
+        ``[num_clients, ...]`` in the order of its `client_ids`; without leaves if nothing.
     """
 
     params: Any
@@ -66,6 +69,19 @@ class State(NamedTuple):
     client_work: Any
     hyperparams: dict[str, Any]
     key: jax.Array
+    clients: Any = ()
+
+
+class Memory(NamedTuple):
+    """What a client remembers from the last round that it took part in.
+
+    Attributes:
+      client_work: of its work, such as a control variate.
+      aggregator: of the aggregator and its codec, such as the error it has not sent yet.
+    """
+
+    client_work: Any
+    aggregator: Any
 
 
 class Parts(NamedTuple):
@@ -84,10 +100,12 @@ class Screened(NamedTuple):
     Attributes:
       output: all zeros if the client does not count.
       status: uint8 scalar, a position in `STATUSES`.
+      memory: what the client work remembers, as it was before if the client does not count.
     """
 
     output: ClientOutput
     status: jax.Array
+    memory: Any
 
 
 class Round(NamedTuple):
@@ -97,10 +115,22 @@ class Round(NamedTuple):
     train: Any
     clients: Any
     aggregator: Any
+    memory: Any
 
 
-def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Round:
-    """One round, written with the operators."""
+def trace_round(
+    parts: Parts, state: Value, examples: Value, uid: Value, memory: Value | None = None
+) -> Round:
+    """One round, written with the operators.
+
+    Args:
+      parts: of the algorithm.
+      state: at the server, without what clients remember.
+      examples: at the clients.
+      uid: at the clients, uint32 `[2]`.
+      memory: a `Memory` at the clients, None if they remember nothing.
+    """
+    work_memory, aggregator_memory = _memories(memory)
     keys = _round_keys(state, uid)
     params = _send_params(parts.broadcast_codec, keys, state.params)
     context = _send(
@@ -109,17 +139,18 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
     hyperparams = _send(state.hyperparams["client"], "hyperparams")
 
     def work(
-        key: jax.Array, context: Any, params: Any, hyperparams: Any, examples: Any
-    ) -> ClientOutput:
-        return parts.client_work.work(key, (), context, params, hyperparams, examples)[1]
+        key: jax.Array, memory: Any, context: Any, params: Any, hyperparams: Any, examples: Any
+    ) -> Screened:
+        new, output = parts.client_work.work(key, memory, context, params, hyperparams, examples)
+        return screen(output, memory, new)
 
-    output = federated_map(work, keys.fold_in(_WORK).client, context, params, hyperparams, examples)
-    screened = federated_map(screen, output)
+    key = keys.fold_in(_WORK).client
+    screened = federated_map(work, key, work_memory, context, params, hyperparams, examples)
     output = screened.output
-    aggregator_state, _, update, measurements = parts.aggregator.aggregate(
+    aggregator_state, aggregator_memory, update, measurements = parts.aggregator.aggregate(
         keys.fold_in(_AGGREGATION),
         state.aggregator,
-        federated_value((), CLIENTS),
+        aggregator_memory,
         output.update,
         output.weight,
     )
@@ -136,7 +167,16 @@ def trace_round(parts: Parts, state: Value, examples: Value, uid: Value) -> Roun
         received.count,
         received.total,
     )
-    return Round(new_state, federated_map(finish_metrics, stats), counts, measurements)
+    remembered = () if memory is None else Memory(screened.memory, aggregator_memory)
+    return Round(new_state, federated_map(finish_metrics, stats), counts, measurements, remembered)
+
+
+def _memories(memory: Value | None) -> tuple[Value, Value]:
+    """What the client work and the aggregator remember, at the clients."""
+    if memory is None:
+        nothing = federated_value((), CLIENTS)
+        return nothing, nothing
+    return memory.client_work, memory.aggregator
 
 
 def _check_update(params: Value, update: Value) -> None:
@@ -179,20 +219,37 @@ def _finish_work(client_work: ClientWork, server: Value, output: Value) -> Value
     return federated_map(client_work.finish, server, mean)
 
 
-def screen(output: ClientOutput) -> Screened:
+def screen(output: ClientOutput, old: Any, new: Any) -> Screened:
     """Takes a client out of the round if its update is not finite or its weight is not positive.
 
     A loss or metric that is not finite counts as an update that is not.
 
     Its weight and its stats become zero, its update zeros, and its status is the reason.
+
+    Args:
+      output: of its work.
+      old: what it remembered before.
+      new: what its work would remember.
     """
+    _check_memory(old, new)
     is_finite = _all_finite((output.update, output.metrics))
     is_weighted = jnp.isfinite(output.weight) & (output.weight > 0)
     is_empty = output.metrics["num_examples"].total == 0
     counts_in = is_finite & is_weighted & ~is_empty
     keep = lambda x: lax.select(counts_in, x, lax.full_like(x, 0))  # noqa: E731
     reasons = jnp.stack([counts_in, is_empty, ~is_finite, ~is_weighted])
-    return Screened(jax.tree.map(keep, output), jnp.argmax(reasons).astype(jnp.uint8))
+    memory = jax.tree.map(lambda a, b: lax.select(counts_in, a, b), new, old)
+    return Screened(jax.tree.map(keep, output), jnp.argmax(reasons).astype(jnp.uint8), memory)
+
+
+def _check_memory(old: Any, new: Any) -> None:
+    """Raises unless the next round can be given what the client work returned."""
+    found = inference.difference(old, new)
+    if found:
+        raise FederatedTypeError(
+            f"Expected `work` of the client work to return memory as it was given: {found}; keep "
+            "what `init` returns in structure, dtype and shape."
+        )
 
 
 def _count_statuses(status: Value) -> Value:

@@ -1,0 +1,141 @@
+"""What clients remember between rounds: one row a client of the dataset, beside the state.
+
+    round:  memory = rows of the cohort's clients  ->  program  ->  the same rows, replaced
+
+The rows lie on the device, on a mesh spread like the clients. A client that is not in the cohort,
+or does not count in the round, keeps its row as it is.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_core.datasets.cohort import Cohort
+from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.execution import sharding
+from fedjax_core.execution.config import Execution
+from fedjax_core.language import inference
+from fedjax_core.learning.rounds import Memory, State
+from fedjax_core.memory import check_fits
+
+
+def has_memory(member: Memory) -> bool:
+    """Whether clients remember anything."""
+    return bool(jax.tree.leaves(member))
+
+
+def check_memory(member: Memory, num_clients: Any, execution: Execution) -> None:
+    """Raises unless there is memory for so many clients, before any of it is taken.
+
+    Raises:
+      ArgumentError: for a number that is missing, or none.
+      DeviceMemoryError: naming the number of bytes.
+    """
+    if not has_memory(member):
+        return
+    is_int = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
+    if not is_int or num_clients < 1:
+        raise ArgumentError(
+            "Expected the number of clients, each of which remembers something from round to "
+            f"round, got {num_clients!r}; call init(key, dataset.num_clients)."
+        )
+    leaves = jax.tree.leaves(member)
+    each = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    rows = _num_rows(int(num_clients), execution)
+    mesh = execution.mesh
+    device = None if mesh is None else mesh.devices.flat[0]
+    what = f"what {num_clients:,} clients remember, {each:,} bytes each,"
+    remedy = "use fewer clients, spread them over more devices, or take parts without memory"
+    check_fits(each * rows // execution.num_shards, what, remedy, device)
+
+
+def _num_rows(num_clients: int, execution: Execution) -> int:
+    """One for each client, and as many as the devices divide evenly."""
+    return -(-num_clients // execution.num_shards) * execution.num_shards
+
+
+def stack_memory(member: Memory, num_clients: int | None, execution: Execution) -> Memory:
+    """The same memory for every client, ``[num_clients, ...]``."""
+    if num_clients is None or not has_memory(member):
+        return member
+    rows = _num_rows(num_clients, execution)
+    repeat = jax.jit(
+        lambda x: jnp.broadcast_to(x, (rows, *x.shape)), out_shardings=_sharding(execution)
+    )
+    return jax.tree.map(repeat, member)
+
+
+def _sharding(execution: Execution) -> NamedSharding | None:
+    mesh = execution.mesh
+    return None if mesh is None else NamedSharding(mesh, P(execution.axis))
+
+
+def place_state(state: State, execution: Execution) -> State:
+    """The state where rounds leave it: on all devices of a mesh, and memory spread over them."""
+    bare = sharding.replicate(state._replace(clients=()), execution)
+    clients = state.clients
+    spread = _sharding(execution)
+    if spread is not None and not any(isinstance(x, Tracer) for x in jax.tree.leaves(clients)):
+        clients = jax.device_put(clients, spread)
+    return bare._replace(clients=clients)
+
+
+def take_memory(clients: Memory, cohort: Cohort) -> Memory:
+    """The rows of the cohort's clients; padding gets some client's."""
+    return jax.tree.map(lambda x: jnp.take(x, cohort.index, axis=0, mode="clip"), clients)
+
+
+def put_memory(clients: Memory, cohort: Cohort, new: Memory) -> Memory:
+    """The rows of the cohort's clients replaced; what padding has is dropped."""
+    if not jax.tree.leaves(clients):
+        return clients
+    # Positions that are out of bounds are dropped, and `num_clients` may be a row that only pads.
+    far = jnp.iinfo(jnp.int32).max
+    index = jnp.where(cohort.valid, cohort.index, far)
+    return jax.tree.map(lambda x, rows: x.at[index].set(rows, mode="drop"), clients, new)
+
+
+def check_remembered(member: Memory, clients: Any, owner: Any) -> None:
+    """Raises unless the state holds what the clients of a cohort or dataset remember.
+
+    Args:
+      member: what one client remembers.
+      clients: of the state.
+      owner: a `Cohort`, or a dataset.
+
+    Raises:
+      FederatedTypeError: for memory of another structure.
+      ArgumentError: for clients that it has no row for.
+    """
+    if not has_memory(member):
+        return
+    rows = jax.tree.leaves(clients)
+    num_rows = rows[0].shape[0] if rows and jnp.ndim(rows[0]) else 0
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_rows, *x.shape), x.dtype), member)
+    found = inference.difference(wanted, clients)
+    if found:
+        raise FederatedTypeError(
+            f"What the clients remember does not fit: {found}; the state has to come from "
+            "init(key, dataset.num_clients) of the same algorithm."
+        )
+    last = _last_client(owner)
+    if last is not None and last >= num_rows:
+        raise ArgumentError(
+            f"Expected clients below number {num_rows}, for so many remember something in this "
+            f"state, got number {last}; begin with init(key, dataset.num_clients)."
+        )
+
+
+def _last_client(owner: Any) -> int | None:
+    if not isinstance(owner, Cohort):
+        return owner.num_clients - 1
+    if isinstance(owner.index, Tracer) or isinstance(owner.valid, Tracer):
+        return None
+    index = np.asarray(owner.index)[np.asarray(owner.valid)]
+    return int(index.max(initial=-1))
