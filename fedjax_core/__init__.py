@@ -69,3 +69,5 @@ from fedjax_core.learning.checkpoints import load as load
 from fedjax_core.learning.checkpoints import save as save
 from fedjax_core.learning.evaluation import evaluate as evaluate
 from fedjax_core.learning.loop import train as train
+from fedjax_core.learning.tuning import explain as explain
+from fedjax_core.learning.tuning import tune as tune

@@ -15,6 +15,7 @@ from fedjax_core.datasets.federated import FederatedDataset as FederatedDataset
 from fedjax_core.datasets.fedjax_sqlite import from_fedjax_sqlite as from_fedjax_sqlite
 from fedjax_core.datasets.registry import available as available
 from fedjax_core.datasets.registry import load as load
+from fedjax_core.datasets.resident import DeviceDataset as DeviceDataset
 from fedjax_core.datasets.splits import Splits as Splits
 from fedjax_core.datasets.splits import holdout as holdout
 from fedjax_core.datasets.tfds_source import from_tfds as from_tfds

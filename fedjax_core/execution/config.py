@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +13,65 @@ Mode = Literal["auto", "reference", "stacked", "streamed", "unrolled", "dispatch
 
 # Those that the host drives: no JAX transformation may be around them.
 HOST_DRIVEN = ("reference", "dispatched")
+
+
+class TuningRow(NamedTuple):
+    """One way to run a round, measured.
+
+    Attributes:
+      mode, lanes: of the `Execution`.
+      compile_seconds: of the first round, None if it failed.
+      seconds: a round, the median, None if it failed.
+      failure: why, if it failed.
+    """
+
+    mode: str
+    lanes: int | str
+    compile_seconds: float | None
+    seconds: float | None
+    failure: str = ""
+
+    def __str__(self) -> str:
+        if self.seconds is None or self.compile_seconds is None:
+            return f"  {self.mode:<10} lanes {self.lanes:<4} failed: {self.failure}"
+        times = f"{1e3 * self.seconds:9.2f} ms a round, {self.compile_seconds:6.2f} s to compile"
+        return f"  {self.mode:<10} lanes {self.lanes:<4} {times}"
+
+
+class Tuning(NamedTuple):
+    """What `tune` measured, kept with the choice that came of it.
+
+    Attributes:
+      platform, device, jax_version: where.
+      num_clients: of the cohort.
+      rows: one for each candidate.
+    """
+
+    platform: str
+    device: str
+    jax_version: str
+    num_clients: int
+    rows: tuple[TuningRow, ...]
+
+    def __str__(self) -> str:
+        where = f"{self.platform} ({self.device}), jax {self.jax_version}"
+        head = f"measured with {self.num_clients} clients on {where}:"
+        return "\n".join([head, *map(str, self.rows)])
+
+
+class Choice(NamedTuple):
+    """What "auto" comes to, and why.
+
+    Attributes:
+      mode: of those that are not "auto".
+      lanes: clients side by side on each device.
+      why_mode, why_lanes: the reasons, for a person.
+    """
+
+    mode: str
+    lanes: int
+    why_mode: str
+    why_lanes: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +94,7 @@ class Execution:
         the other axes hold the same clients.
       donate: whether `update` of an algorithm may reuse the memory of the state it is given, which
         is then gone for the caller.
+      tuning: the measurements that led to this choice, if `tune` made it; they change nothing.
 
     Raises:
       ArgumentError: for a mode or a number of lanes that does not exist, another `donate` than a
@@ -52,6 +112,7 @@ class Execution:
     mesh: Mesh | None = None
     axis: str | tuple[str, ...] = "clients"
     donate: bool = False
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         modes = get_args(Mode)
@@ -107,12 +168,23 @@ class Execution:
 
     def num_lanes(self, num_clients: int) -> int:
         """How many clients run side by side, on each device, in a cohort of `num_clients`."""
+        return self.choose(num_clients).lanes
+
+    def choose(self, num_clients: int) -> Choice:
+        """What runs for a cohort of `num_clients`, and why; a function of these and the backend."""
         on_device = max(-(-num_clients // self.num_shards), 1)
-        if self.mode == "stacked":
-            return on_device
-        if self.lanes == "auto":
-            return 1 if self._platform() == "cpu" else min(16, on_device)
-        return min(self.lanes, on_device)
+        chosen = "measured by tune" if self.tuning else "as given"
+        why_mode = "automatic" if self.mode == "auto" else chosen
+        mode = "streamed" if self.mode == "auto" else self.mode
+        if mode == "stacked":
+            return Choice(mode, on_device, why_mode, "all clients of a device")
+        if self.lanes != "auto":
+            return Choice(mode, min(int(self.lanes), on_device), why_mode, chosen)
+        if self._platform() == "cpu":
+            why = "one after the other, as on a CPU batching the clients' weights only adds work"
+            return Choice(mode, 1, why_mode, why)
+        why = "side by side, as one client alone does not fill the device"
+        return Choice(mode, min(16, on_device), why_mode, why)
 
     def _platform(self) -> str:
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform

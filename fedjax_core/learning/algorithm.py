@@ -33,7 +33,12 @@ from fedjax_core.language.values import Federated
 from fedjax_core.learning.client_work import ClientWork, injected_hyperparams
 from fedjax_core.learning.communication import Communication, itemise
 from fedjax_core.learning.evaluation import check_examples
-from fedjax_core.learning.many_rounds import make_many, run_rounds, source_of
+from fedjax_core.learning.many_rounds import (
+    make_many,
+    make_many_by_host,
+    run_rounds,
+    source_of,
+)
 from fedjax_core.learning.memory import (
     check_memory,
     check_remembered,
@@ -82,12 +87,19 @@ class Algorithm(NamedTuple):
       computation: the round as a federated computation, for the model's own input types.
       run: `(state, dataset, sampler, *, num_rounds, rounds_per_dispatch=None) -> (state, metrics)`,
         many rounds, see `Run`.
+      execution: how rounds run.
+      with_execution: `(execution) -> algorithm`, the same that runs another way.
+      compiled: `() -> descriptions` of the programs that were compiled so far, one for each shape
+        of cohorts.
     """
 
     init: Callable[..., State]
     update: Callable[[State, Cohort], tuple[State, Metrics]]
     computation: Computation
     run: "Run"
+    execution: Execution
+    with_execution: Callable[[Execution], "Algorithm"]
+    compiled: Callable[[], list[str]]
 
 
 class Run(Protocol):
@@ -164,6 +176,7 @@ def federated_learning(
     make_state = jax.jit(_initializer(parts))
     expected, member = jax.eval_shape(make_state, jax.eval_shape(lambda: jax.random.key(0)))
     computations = _ComputationCache(parts)
+    compiled: dict[str, None] = {}
     element = types.to_type(dict(model.input_spec))
     remembered = inference.infer_type(member)
     own = computations.for_types(inference.infer_type(expected), remembered, element)
@@ -175,7 +188,8 @@ def federated_learning(
         return state._replace(clients=stack_memory(memory, num_clients, execution))
 
     def run(state: State, cohort: Cohort) -> tuple[State, Metrics]:
-        examples, memory = cohort.sequence(), take_memory(state.clients, cohort)
+        compiled.setdefault(_describe_shapes(cohort))
+        examples, memory = cohort.sequence(), take_memory(state.clients, cohort, execution)
         element = cast(SequenceType, inference.infer_type(examples)).element
         bare = state._replace(clients=())
         computation = computations.for_types(inference.infer_type(bare), remembered, element)
@@ -187,11 +201,12 @@ def federated_learning(
         values = jax.tree.map(lambda x: x.value, result, is_leaf=lambda x: isinstance(x, Federated))
         communication = itemise(computation.program, ledger)
         metrics = Metrics(values.train, values.clients, values.aggregator, communication)
-        clients = put_memory(state.clients, cohort, values.memory)
+        clients = put_memory(state.clients, cohort, values.memory, execution)
         return values.state._replace(clients=clients), metrics
 
+    is_host_driven = execution.mode in HOST_DRIVEN
     donated = (0,) if execution.donate else ()
-    run_round = run if execution.mode in HOST_DRIVEN else jax.jit(run, donate_argnums=donated)
+    run_round = run if is_host_driven else jax.jit(run, donate_argnums=donated)
 
     @functools.wraps(run)
     def update(state: State, cohort: Cohort) -> tuple[State, Metrics]:
@@ -201,7 +216,7 @@ def federated_learning(
         check_remembered(member, state.clients, cohort)
         return run_round(place_state(state, execution), cohort)
 
-    run_many = make_many(run)
+    run_many = make_many_by_host(run) if is_host_driven else make_many(run)
 
     def many(
         state: State,
@@ -218,7 +233,18 @@ def federated_learning(
         state = jax.tree.map(jnp.copy, place_state(state, execution))
         return run_rounds(run_many, state, source, sampler, num_rounds, rounds_per_dispatch)
 
-    return Algorithm(init, update, own, many)
+    def with_execution(execution: Execution) -> Algorithm:
+        return federated_learning(*parts[:-1], broadcast_codec=broadcast_codec, execution=execution)
+
+    return Algorithm(init, update, own, many, execution, with_execution, lambda: list(compiled))
+
+
+def _describe_shapes(cohort: Cohort) -> str:
+    """What a program for cohorts of these shapes is for."""
+    rows = jax.tree.leaves(cohort.examples)[0].shape[0]
+    return (
+        f"{cohort.num_clients} clients of at most {cohort.capacity} examples out of {rows:,} rows"
+    )
 
 
 def _check_parts(parts: Parts, execution: Execution) -> None:

@@ -77,6 +77,24 @@ def make_many(update: Callable[[Any, Cohort], tuple[Any, Any]]) -> Callable[...,
     return jax.jit(many, static_argnames="capacity", donate_argnums=0)
 
 
+def make_many_by_host(
+    update: Callable[[Any, Cohort], tuple[Any, Any]],
+) -> Callable[..., tuple[Any, Any]]:
+    """As `make_many`, for rounds that the host drives, and that JAX cannot trace."""
+
+    def many(state: Any, examples: Any, chunk: Chunk, count: int, capacity: int) -> tuple[Any, Any]:
+        rows = []
+        for r in range(max(int(count), 1)):  # without a round there are still metrics of a shape
+            start, length, uid, index, valid = (x[r] for x in chunk)
+            cohort = Cohort(examples, start, length, uid, index, valid, capacity)
+            new, metrics = update(state, cohort)
+            state = new if count else state
+            rows.append(metrics)
+        return state, jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+
+    return many
+
+
 class Source(NamedTuple):
     """Where the examples of many rounds come from.
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_core.datasets.cohort import Cohort
@@ -86,19 +86,36 @@ def place_state(state: State, execution: Execution) -> State:
     return bare._replace(clients=clients)
 
 
-def take_memory(clients: Memory, cohort: Cohort) -> Memory:
+def take_memory(clients: Memory, cohort: Cohort, execution: Execution) -> Memory:
     """The rows of the cohort's clients; padding gets some client's."""
-    return jax.tree.map(lambda x: jnp.take(x, cohort.index, axis=0, mode="clip"), clients)
+    everywhere = _explicit(execution, P())
+    return jax.tree.map(
+        lambda x: x.at[cohort.index].get(mode="clip", out_sharding=everywhere), clients
+    )
 
 
-def put_memory(clients: Memory, cohort: Cohort, new: Memory) -> Memory:
+def put_memory(clients: Memory, cohort: Cohort, new: Memory, execution: Execution) -> Memory:
     """The rows of the cohort's clients replaced; what padding has is dropped."""
     if not jax.tree.leaves(clients):
         return clients
+    everywhere, spread = _explicit(execution, P()), _explicit(execution, P(execution.axis))
     # Positions that are out of bounds are dropped, and `num_clients` may be a row that only pads.
     far = jnp.iinfo(jnp.int32).max
     index = jnp.where(cohort.valid, cohort.index, far)
-    return jax.tree.map(lambda x, rows: x.at[index].set(rows, mode="drop"), clients, new)
+
+    def put(x: jax.Array, rows: jax.Array) -> jax.Array:
+        rows = rows if everywhere is None else jax.reshard(rows, everywhere)
+        return x.at[index].set(rows, mode="drop", out_sharding=spread)
+
+    return jax.tree.map(put, clients, new)
+
+
+def _explicit(execution: Execution, spec: P) -> NamedSharding | None:
+    """A sharding that has to be named because it is part of the types of a mesh."""
+    mesh = execution.mesh
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, spec)
 
 
 def check_remembered(member: Memory, clients: Any, owner: Any) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 
 import fedjax_core as fc
 from fedjax_core.compression.edges import PlacedKeys, downlink, uplink
+from fedjax_core.execution.config import HOST_DRIVEN
 
 # How many programs are drawn.
 NUM_PROGRAMS = int(os.environ.get("FEDJAX_CORE_NUM_PROGRAMS", "40"))
@@ -27,6 +28,11 @@ KEY = fc.infer_type(jax.random.key(0))
 STACKED = fc.Execution(mode="stacked")
 ONE, *MANY = (fc.Execution(mode="streamed", lanes=lanes) for lanes in (1, 2, 3, 5))
 MESH = jax.make_mesh((4,), ("clients",), axis_types=(AxisType.Auto,))
+OTHERS = [
+    fc.Execution(mode="unrolled", lanes=2),
+    fc.Execution(mode="dispatched", lanes=1),
+    fc.Execution(mode="dispatched", lanes=3),
+]
 SHARDED = [fc.Execution(mesh=MESH, lanes=lanes) for lanes in (1, 2)]
 CODECS = [
     fc.compression.identity(),
@@ -339,7 +345,7 @@ class Outcome(NamedTuple):
 
 def lowered(computation: fc.Computation, args: list[Any], valid: np.ndarray, execution: Any) -> Any:
     run = computation.lower(execution)
-    run = run if execution.mode == "reference" else jax.jit(run)
+    run = run if execution.mode in HOST_DRIVEN else jax.jit(run)
     return Outcome(*run(*args, valid=valid), valid)
 
 
@@ -378,7 +384,8 @@ def test_all_ways_to_run_a_program_agree(data):
     computation = draw_program(data.draw)
     note(str(computation.program))
     args = draw_arguments(data.draw, num_clients, valid)
-    many, sharded = data.draw(st.sampled_from(MANY)), data.draw(st.sampled_from(SHARDED))
+    many = data.draw(st.sampled_from([*MANY, *OTHERS]))
+    sharded = data.draw(st.sampled_from(SHARDED))
     expected = lowered(computation, args, valid, fc.Execution(mode="reference"))
     outcomes = {
         str(execution): lowered(computation, args, valid, execution)
