@@ -18,5 +18,6 @@ from fedjax_core.datasets.registry import load as load
 from fedjax_core.datasets.resident import DeviceDataset as DeviceDataset
 from fedjax_core.datasets.splits import Splits as Splits
 from fedjax_core.datasets.splits import holdout as holdout
+from fedjax_core.datasets.spreading import spread as spread
 from fedjax_core.datasets.tfds_source import from_tfds as from_tfds
 from fedjax_core.datasets.tff_sqlite import from_tff_sqlite as from_tff_sqlite

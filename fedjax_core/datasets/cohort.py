@@ -29,6 +29,8 @@ class Cohort:
         hold the size of the dataset there: JAX drops a scatter to that position.
       valid: bool ``[num_clients]``, False for clients that only pad the cohort.
       capacity: static upper bound of `length`.
+      pools: static, of how many pools `examples` consists, see `Sequence`; 1 unless `spread` made
+        the cohort.
     """
 
     examples: dict[str, Any]
@@ -38,6 +40,7 @@ class Cohort:
     index: Any
     valid: Any
     capacity: int = dataclasses.field(metadata={"static": True})
+    pools: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def num_clients(self) -> int:
@@ -46,7 +49,8 @@ class Cohort:
 
     def sequence(self) -> Sequence:
         """The clients' examples as a packed `Sequence`: what a federated computation takes."""
-        return Sequence(self.examples, self.start, self.length, self.capacity, packed=True)
+        pools = self.pools
+        return Sequence(self.examples, self.start, self.length, self.capacity, True, pools)
 
     def __repr__(self) -> str:
         shapes = {

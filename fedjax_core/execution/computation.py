@@ -182,6 +182,7 @@ class Computation(TypedFunction):
         clients = self._interface.check(args, num_clients, valid)
         pairs = zip(program.parameters, args, strict=True)
         values = {i: _with_possible_lengths(_bare(arg)) for i, arg in pairs}
+        _check_pools(program.name, values, clients, execution.num_shards)
         if execution.mode in HOST_DRIVEN and any(
             isinstance(x, Tracer) for x in jax.tree.leaves((args, valid))
         ):
@@ -287,6 +288,19 @@ def _wrap(program: Program, results: dict[int, Any]) -> Any:
         return Federated(results[i], t.placement, t.all_equal)
 
     return jax.tree.map(wrap, program.result_tree)
+
+
+def _check_pools(name: str, values: Any, num_clients: int, num_shards: int) -> None:
+    """Raises for sequences of several pools, unless each device has one for its clients."""
+    for x in jax.tree.leaves(values, is_leaf=waves.is_sequence):
+        if not waves.is_sequence(x) or x.pools == 1:
+            continue
+        if x.pools != num_shards or num_clients % num_shards:
+            raise ArgumentError(
+                f"`{name}`: expected a mesh of {x.pools} devices, and clients that they divide "
+                f"evenly, for a sequence of {x.pools} pools, got {num_shards} devices and "
+                f"{num_clients} clients; spread the cohort for the execution that runs it."
+            )
 
 
 def _run_reference(program: Program, values: dict[int, Any], keep: np.ndarray) -> Outcome:

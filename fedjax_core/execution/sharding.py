@@ -10,7 +10,7 @@ round trip the devices exchange
 
 The number of clients is padded to a multiple of the devices, by repeating the last one with `valid`
 False. A padded `Sequence` is spread with its client; the pool of a packed one, which clients of all
-devices share, is on every device in whole.
+devices share, is on every device in whole, unless it consists of one pool for each device.
 
 Along other axes than those of the clients the devices of an `Auto` mesh share the work as XLA sees
 fit: arrays that are sharded over such an axis stay so. On a mesh with `Explicit` axes they are
@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
@@ -80,7 +81,26 @@ def replicate(value: Any, execution: Execution) -> Any:
     leaves = jax.tree.leaves(value)
     if execution.mesh is None or any(isinstance(x, Tracer) for x in leaves):
         return value
-    return jax.device_put(value, NamedSharding(execution.mesh, P()))
+    return put(value, NamedSharding(execution.mesh, P()))
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """`jax.device_put`, also to devices of other processes, which are all given the same value."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    return jax.tree.map(lambda x: _put_everywhere(x, sharding), value)
+
+
+def _put_everywhere(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.jit(lambda x: x, out_shardings=sharding)(x)
+    if jnp.issubdtype(getattr(x, "dtype", np.dtype(bool)), jax.dtypes.prng_key):
+        data = _put_everywhere(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _is_arrays(value: Any) -> bool:
@@ -101,21 +121,39 @@ def _prepare(
     def server(x: Any) -> Any:
         return _place(x, mesh, P())
 
+    def pool(x: Any, spec: P) -> Any:
+        return _place(x, mesh, spec)
+
     placed = {
-        i: jax.tree.map(server, x) if is_uniform(program.ops[i]) else _map_parts(client, server, x)
+        i: jax.tree.map(server, x)
+        if is_uniform(program.ops[i])
+        else _map_parts(client, pool, x, execution)
         for i, x in values.items()
     }
     valid = _extended(valid, jnp.zeros(size - valid.shape[0], bool), mesh)
     return placed, _place(valid, mesh, at_clients)
 
 
-def _map_parts(clients: Callable[[Any], Any], shared: Callable[[Any], Any], value: Any) -> Any:
-    """Maps the arrays of a stacked value: those with a clients axis, and the pools of sequences."""
+def _map_parts(
+    clients: Callable[[Any], Any],
+    pools: Callable[[Any, P], Any],
+    value: Any,
+    execution: Execution,
+) -> Any:
+    """Maps the arrays of a stacked value.
+
+    Args:
+      clients: of an array with a clients axis.
+      pools: of an array of a sequence's pool, and how it is spread.
+      value: at the clients.
+      execution: how it is run.
+    """
 
     def one(x: Any) -> Any:
         if not (isinstance(x, Sequence) and x.packed):
             return jax.tree.map(clients, x)
-        pool = jax.tree.map(shared, x.elements)
+        spec = P() if x.pools == 1 else P(execution.axis)
+        pool = jax.tree.map(lambda rows: pools(rows, spec), x.elements)
         return dataclasses.replace(
             x, elements=pool, start=clients(x.start), length=clients(x.length)
         )
@@ -194,7 +232,7 @@ def _compiled(program: Program, execution: Execution, num_clients: int) -> Calla
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(_specs(program, values, axis), P(axis)),
+            in_specs=(_specs(program, values, execution), P(axis)),
             out_specs=Outcome(at, everywhere, everywhere),
             axis_names=manual,
             check_vma=False,
@@ -216,11 +254,11 @@ def _manual_axes(execution: Execution) -> frozenset[str]:
     return frozenset(execution.axes if others <= {AxisType.Auto} else mesh.axis_names)
 
 
-def _specs(program: Program, values: Values, axis: str | tuple[str, ...]) -> Values:
+def _specs(program: Program, values: Values, execution: Execution) -> Values:
     def specs(i: int, value: Any) -> Any:
         if is_uniform(program.ops[i]):
             return P()
-        return _map_parts(lambda _: P(axis), lambda _: P(), value)
+        return _map_parts(lambda _: P(execution.axis), lambda _, spec: spec, value, execution)
 
     return {i: specs(i, value) for i, value in values.items()}
 

@@ -174,7 +174,7 @@ def join(member: Any, stacked: Any) -> Any:
             return part
         start, length = part
         pool = jax.tree.map(jnp.asarray, x.elements)
-        return dataclasses.replace(x, elements=pool, start=start, length=length, packed=False)
+        return Sequence(pool, start, length, x.capacity)
 
     return jax.tree.map(one, stacked, member, is_leaf=is_sequence)
 

@@ -62,6 +62,9 @@ class Sequence:
         `capacity` as `capacity`.
       capacity: static upper bound of `length`; shapes inside a traced function depend on it alone.
       packed: static, whether `elements` is a pool without a clients axis.
+      pools: static, of how many pools of one size `elements` consists, if packed. Each belongs to
+        an equal share of the clients, in their order, whose `start` counts from its beginning: on a
+        mesh of as many devices, each holds the pool of its own clients.
 
     Stacked over clients, `start` and `length` are ``[clients]``, and so is the leading axis of
     `elements` unless `packed`.
@@ -77,6 +80,7 @@ class Sequence:
     length: jax.Array
     capacity: int = dataclasses.field(metadata={"static": True})
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    pools: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def from_elements(cls, elements: Any, length: Any = None) -> "Sequence":

@@ -5,6 +5,7 @@
 `federated_learning` composes the three; the files in `algorithms/` say which three.
 """
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable
@@ -360,19 +361,9 @@ def _select_features(model: Model, cohort: Cohort) -> Cohort:
             f"Expected a Cohort, as dataset.cohort(ids) makes it, got {type(cohort).__name__}."
         )
     known = {name: x for name, x in cohort.examples.items() if name in model.input_spec}
-    return cohort if len(known) == len(cohort.examples) else _replace_examples(cohort, known)
-
-
-def _replace_examples(cohort: Cohort, examples: dict[str, Any]) -> Cohort:
-    return Cohort(
-        examples,
-        cohort.start,
-        cohort.length,
-        cohort.uid,
-        cohort.index,
-        cohort.valid,
-        cohort.capacity,
-    )
+    if len(known) == len(cohort.examples):
+        return cohort
+    return dataclasses.replace(cohort, examples=known)
 
 
 def _check_cohort(model: Model, cohort: Cohort) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -179,8 +180,29 @@ def check_examples(model: Model, examples: Mapping[str, Any], *, where: str) -> 
         check_feature(name, examples[name], spec, is_image=is_image, where=where)
     check_lengths({name: examples[name] for name in model.input_spec}, where=where)
     labels = examples.get(model.label_key)
-    if model.num_classes is not None and not isinstance(labels, Tracer):
+    if model.num_classes is not None and _is_to_be_checked(labels, model.num_classes):
         _check_labels(np.asarray(labels), model.num_classes, model.label_key, where)
+        _remember_checked(labels, model.num_classes)
+
+
+# Labels on a device that are known to be right, by array: they never change, and looking at those
+# of a whole dataset in each round would take longer than the round.
+_CHECKED: dict[tuple[int, int], weakref.ref[jax.Array]] = {}
+
+
+def _is_to_be_checked(labels: Any, num_classes: int) -> bool:
+    if not isinstance(labels, jax.Array):
+        return True
+    if isinstance(labels, Tracer) or not labels.is_fully_addressable:
+        return False
+    known = _CHECKED.get((id(labels), num_classes))
+    return known is None or known() is not labels
+
+
+def _remember_checked(labels: Any, num_classes: int) -> None:
+    if isinstance(labels, jax.Array):
+        key = id(labels), num_classes
+        _CHECKED[key] = weakref.ref(labels, lambda _: _CHECKED.pop(key, None))
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, name: str, where: str) -> None:

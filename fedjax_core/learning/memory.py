@@ -60,14 +60,19 @@ def _num_rows(num_clients: int, execution: Execution) -> int:
     return -(-num_clients // execution.num_shards) * execution.num_shards
 
 
-def stack_memory(member: Memory, num_clients: int | None, execution: Execution) -> Memory:
-    """The same memory for every client, ``[num_clients, ...]``."""
+def stack_memory(member: Memory, num_clients: int | None, execution: Execution) -> Any:
+    """The same memory for every client, ``[num_clients, ...]``; () if there is none."""
     if num_clients is None or not has_memory(member):
-        return member
+        return ()
     rows = _num_rows(num_clients, execution)
-    repeat = jax.jit(
-        lambda x: jnp.broadcast_to(x, (rows, *x.shape)), out_shardings=_sharding(execution)
-    )
+    spread = _sharding(execution)
+
+    def repeat(x: jax.Array) -> jax.Array:
+        # Without arguments, for these would have to be on the devices of all processes.
+        row = jax.device_get(x)
+        make = jax.jit(lambda: jnp.broadcast_to(row, (rows, *row.shape)), out_shardings=spread)
+        return make()
+
     return jax.tree.map(repeat, member)
 
 
@@ -82,7 +87,7 @@ def place_state(state: State, execution: Execution) -> State:
     clients = state.clients
     spread = _sharding(execution)
     if spread is not None and not any(isinstance(x, Tracer) for x in jax.tree.leaves(clients)):
-        clients = jax.device_put(clients, spread)
+        clients = sharding.put(clients, spread)
     return bare._replace(clients=clients)
 
 
@@ -152,7 +157,8 @@ def check_remembered(member: Memory, clients: Any, owner: Any) -> None:
 def _last_client(owner: Any) -> int | None:
     if not isinstance(owner, Cohort):
         return owner.num_clients - 1
-    if isinstance(owner.index, Tracer) or isinstance(owner.valid, Tracer):
+    arrays = [x for x in (owner.index, owner.valid) if isinstance(x, jax.Array)]
+    if any(isinstance(x, Tracer) or not x.is_fully_addressable for x in arrays):
         return None
     index = np.asarray(owner.index)[np.asarray(owner.valid)]
     return int(index.max(initial=-1))

@@ -59,7 +59,7 @@ class State(NamedTuple):
         `optax.inject_hyperparams`.
       key: the key that every round's key is folded from.
       clients: what each client of the dataset remembers, a `Memory` of arrays
-        ``[num_clients, ...]`` in the order of its `client_ids`; without leaves if nothing.
+        ``[num_clients, ...]`` in the order of its `client_ids`; () if nothing.
     """
 
     params: Any
