@@ -32,8 +32,10 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(block, "README.md", "exec"), namespace)
         printed.append(out.getvalue())
-    train, edges, temperature, language, attacked, signs = printed
+    train, fast, edges, temperature, language, attacked, signs = printed
     assert len(train.splitlines()) == 4
+    assert fast.splitlines()[0] == "(3,) 3"
+    assert "lanes         2: as given" in fast
     shown = [line.split("  <")[0].rstrip() for line in edges.strip().splitlines()]
     assert shown == [
         line.split("  <")[0].rstrip() for line in output_block("communication").splitlines()

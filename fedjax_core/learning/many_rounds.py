@@ -156,11 +156,11 @@ def run_rounds(
     first = int(jax.device_get(state.round))
     draw = _drawer(sampler, source.dataset)
     size = size or _default_size(source, len(draw(first)))
-    chunks = _Chunks(source, min(size, max(num_rounds, 1)))
+    chunks = _Chunks(source, min(size, next_power_of_two(num_rounds)))
     done = []
     with deferred_interrupt() as stop:
         for begin in range(0, max(num_rounds, 1), size):
-            if stop.is_set():
+            if done and stop.is_set():
                 break
             count = min(size, num_rounds - begin)
             if len(done) >= _DISPATCHES_IN_FLIGHT:

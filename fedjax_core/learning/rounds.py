@@ -140,12 +140,14 @@ def trace_round(
 
     def work(
         key: jax.Array, memory: Any, context: Any, params: Any, hyperparams: Any, examples: Any
-    ) -> Screened:
-        new, output = parts.client_work.work(key, memory, context, params, hyperparams, examples)
-        return screen(output, memory, new)
+    ) -> tuple[Any, ClientOutput]:
+        return parts.client_work.work(key, memory, context, params, hyperparams, examples)
 
     key = keys.fold_in(_WORK).client
-    screened = federated_map(work, key, work_memory, context, params, hyperparams, examples)
+    new_memory, output = federated_map(
+        work, key, work_memory, context, params, hyperparams, examples
+    )
+    screened = federated_map(screen, output, work_memory, new_memory)
     output = screened.output
     aggregator_state, aggregator_memory, update, measurements = parts.aggregator.aggregate(
         keys.fold_in(_AGGREGATION),

@@ -50,13 +50,20 @@ def check_same_bits(ours, theirs):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.fixture(scope="module")
+def plain(dataset):
+    """An algorithm, its first state, and what rounds one by one come to."""
+    algorithm = make(aggregator=mean(codec=uniform_quantize(8)))
+    state = algorithm.init(jax.random.key(1))
+    sampler = sampling.uniform(dataset, 4, seed=3)
+    return algorithm, state, one_by_one(algorithm, state, dataset, sampler)
+
+
 @pytest.mark.parametrize("is_resident", [False, True])
 @pytest.mark.parametrize("rounds_per_dispatch", [None, 1, 3])
-def test_the_same_bits_as_round_by_round(dataset, is_resident, rounds_per_dispatch):
-    algorithm = make(aggregator=mean(codec=uniform_quantize(8)))
+def test_the_same_bits_as_round_by_round(dataset, plain, is_resident, rounds_per_dispatch):
+    algorithm, state, expected = plain
     sampler = sampling.uniform(dataset, 4, seed=3)
-    state = algorithm.init(jax.random.key(1))
-    expected = one_by_one(algorithm, state, dataset, sampler)
     found = algorithm.run(
         state,
         dataset.on_device() if is_resident else dataset,
@@ -76,12 +83,11 @@ def test_the_same_bits_with_convolutions(dataset):
     check_same_bits(found, expected)
 
 
-def test_a_run_goes_on_where_the_state_is(dataset):
-    algorithm, sampler = make(), sampling.uniform(dataset, 4, seed=3)
-    state = algorithm.init(jax.random.key(1))
-    whole, metrics = algorithm.run(state, dataset, sampler, num_rounds=5)
-    half, first = algorithm.run(state, dataset, sampler, num_rounds=2)
-    again, second = algorithm.run(half, dataset, sampler, num_rounds=3)
+def test_a_run_goes_on_where_the_state_is(dataset, plain):
+    algorithm, state, (whole, metrics) = plain
+    resident, sampler = dataset.on_device(), sampling.uniform(dataset, 4, seed=3)
+    half, first = algorithm.run(state, resident, sampler, num_rounds=3, rounds_per_dispatch=4)
+    again, second = algorithm.run(half, resident, sampler, num_rounds=4, rounds_per_dispatch=4)
     check_same_bits(again, whole)
     check_same_bits(jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second), metrics)
     assert int(state.round) == 0  # still usable
@@ -98,6 +104,21 @@ def test_cohorts_of_different_sizes(dataset):
     assert metrics.clients["num_clients"].tolist() == [1, 2, 3, 1, 2, 3, 1]
     for x, y in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_thirty_cohorts_are_one_program(dataset):
+    algorithm, resident = make(), dataset.on_device()
+    sampler = sampling.uniform(dataset, 4, seed=3)
+    state = algorithm.init(jax.random.key(1))
+    state, _ = algorithm.update(state, resident.cohort(sampler(0)))
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    for r in range(1, 31):
+        state, _ = algorithm.update(state, resident.cohort(sampler(r)))
+    assert not [name for name in events if "compile" in name]
+    jax.jit(lambda x: x + len(events))(1.0)  # is noticed
+    assert [name for name in events if "compile" in name]
+    assert len(algorithm.compiled()) == 1
 
 
 def test_no_round_gives_no_metrics(dataset):
@@ -136,10 +157,10 @@ def test_bits_are_counted_round_by_round(dataset):
         ({"sampler": lambda r: ["nobody"]}, DataError, "no client 'nobody'"),
     ],
 )
-def test_misuse_is_named(dataset, change, error, words):
-    algorithm = make()
+def test_misuse_is_named(dataset, plain, change, error, words):
+    algorithm, state, _ = plain
     given = {
-        "state": algorithm.init(jax.random.key(1)),
+        "state": state,
         "dataset": dataset,
         "sampler": sampling.uniform(dataset, 2),
         "num_rounds": 1,
@@ -149,10 +170,9 @@ def test_misuse_is_named(dataset, change, error, words):
         algorithm.run(*args, **given)
 
 
-def test_labels_are_checked_before_anything_runs(dataset):
+def test_labels_are_checked_before_anything_runs(plain):
     rows = {"image": np.zeros((2, 28, 28, 1), np.uint8), "label": np.array([3, 12], np.int32)}
     bad = datasets.from_clients({"a": rows})
-    algorithm = make()
-    state = algorithm.init(jax.random.key(1))
+    algorithm, state, _ = plain
     with pytest.raises(DataError, match="got 12"):
         algorithm.run(state, bad, lambda r: ["a"], num_rounds=1)
