@@ -11,6 +11,7 @@ TESTS ?= tests
 WORKERS ?= auto
 DEMO ?= --log-dir logs --overwrite
 BENCH ?=
+ROUNDS ?=
 PIP := PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet \
   $(addprefix --constraint ,$(CONSTRAINTS))
 
@@ -39,6 +40,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/federated_core.py
 	$(BIN)/python benchmarks/mnist_fedavg.py $(BENCH)
+	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
 
 install: $(STAMP)
 

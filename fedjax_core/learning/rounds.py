@@ -285,6 +285,8 @@ def _is_finite(x: jax.Array) -> jax.Array:
     return lax.reduce_and(every, tuple(range(x.ndim)))
 
 
+# One function for each optimiser: JAX then knows it when a round is traced for other examples.
+@functools.lru_cache(maxsize=64)
 def _server_step(
     optimizer: "optax.GradientTransformation",
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
