@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from fedjax_core.learning.client_work import ClientWork, injected_hyperparams
 from fedjax_core.learning.communication import Communication, itemise
 from fedjax_core.learning.evaluation import check_examples
 from fedjax_core.learning.many_rounds import (
+    Source,
     make_many,
     make_many_by_host,
     run_rounds,
@@ -103,8 +104,17 @@ class Algorithm(NamedTuple):
     compiled: Callable[[], list[str]]
 
 
-class Run(Protocol):
-    """Many rounds, several of them in each compiled program."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """Many rounds, several of them in each compiled program; `run` of an `Algorithm`.
+
+    Attributes:
+      prepare: `(state, dataset) -> (state, source)`: checks both, and makes a state to donate.
+      many: the rounds of one dispatch, see `many_rounds`.
+    """
+
+    prepare: Callable[[State, Any], tuple[State, Source]]
+    many: Callable[..., tuple[State, Metrics]]
 
     def __call__(
         self,
@@ -141,7 +151,8 @@ class Run(Protocol):
           ArgumentError: a number of rounds below 0, or of rounds in a dispatch below 1.
           DataError: examples that do not fit the model.
         """
-        ...
+        state, source = self.prepare(state, dataset)
+        return run_rounds(self.many, state, source, sampler, num_rounds, rounds_per_dispatch)
 
 
 def federated_learning(
@@ -219,24 +230,17 @@ def federated_learning(
 
     run_many = make_many_by_host(run) if is_host_driven else make_many(run)
 
-    def many(
-        state: State,
-        dataset: FederatedDataset | DeviceDataset,
-        sampler: Callable[[int], Any],
-        *,
-        num_rounds: int,
-        rounds_per_dispatch: int | None = None,
-    ) -> tuple[State, Metrics]:
+    def prepare(state: State, dataset: Any) -> tuple[State, Source]:
         _check_state(expected, state)
         source = source_of(dataset, model.input_spec)
         check_examples(model, source.dataset.examples, where="run: the dataset's examples")
         check_remembered(member, state.clients, source.dataset)
-        state = jax.tree.map(jnp.copy, place_state(state, execution))
-        return run_rounds(run_many, state, source, sampler, num_rounds, rounds_per_dispatch)
+        return jax.tree.map(jnp.copy, place_state(state, execution)), source
 
     def with_execution(execution: Execution) -> Algorithm:
         return federated_learning(*parts[:-1], broadcast_codec=broadcast_codec, execution=execution)
 
+    many = Run(prepare, run_many)
     return Algorithm(init, update, own, many, execution, with_execution, lambda: list(compiled))
 
 
