@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from fedjax_core.datasets.cohort import Cohort, bytes_per_row, next_power_of_two
-from fedjax_core.errors import DataError
+from fedjax_core.errors import DataError, FederatedTypeError
 from fedjax_core.memory import check_fits, format_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ class DeviceDataset:
 
 def put_on_device(dataset: "FederatedDataset", device: Any = None) -> DeviceDataset:
     """See `FederatedDataset.on_device`."""
+    if not isinstance(device, jax.Device | jax.sharding.Sharding | None):
+        raise FederatedTypeError(
+            f"on_device: expected a jax.Device or a sharding, got {device!r}; take one of "
+            "jax.devices()"
+        )
     num_rows = int(dataset.offsets[-1])
     if num_rows >= 2**31:
         raise DataError(

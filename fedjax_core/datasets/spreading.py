@@ -33,8 +33,11 @@ def spread(cohort: Cohort, execution: Execution) -> Cohort:
       ArgumentError: without a mesh, or where the devices are not divided evenly.
       FederatedTypeError: for what is no cohort of arrays in memory.
     """
-    if execution.mesh is None:
-        raise ArgumentError("spread: expected an Execution with a mesh, got one without.")
+    if not isinstance(execution, Execution) or execution.mesh is None:
+        raise ArgumentError(
+            f"spread: expected an Execution with a mesh, got {execution!r}; pass the one that the "
+            "algorithm has."
+        )
     if not isinstance(cohort, Cohort) or cohort.pools != 1:
         raise FederatedTypeError(
             f"spread: expected a cohort as dataset.cohort(ids) makes it, got {cohort!r}."
