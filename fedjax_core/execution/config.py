@@ -180,13 +180,15 @@ class Execution:
             return Choice(mode, on_device, why_mode, "all clients of a device")
         if self.lanes != "auto":
             return Choice(mode, min(int(self.lanes), on_device), why_mode, chosen)
-        if self._platform() == "cpu":
+        if self.platform == "cpu":
             why = "one after the other, as on a CPU batching the clients' weights only adds work"
             return Choice(mode, 1, why_mode, why)
         why = "side by side, as one client alone does not fill the device"
         return Choice(mode, min(16, on_device), why_mode, why)
 
-    def _platform(self) -> str:
+    @property
+    def platform(self) -> str:
+        """The backend that it runs on, such as "cpu"."""
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
 

@@ -14,6 +14,8 @@ import jax
 from jax import lax
 from jax.extend import core as jex_core
 
+from fedjax_core.language.program import Program
+
 # Equations whose inner jaxprs can be replaced by others of the same signature.
 _CONTROL_FLOW = frozenset({"scan", "while", "cond", "checkpoint", "remat2"})
 _CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -40,6 +42,25 @@ def rewrite_convolutions(jaxpr: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
         return _evaluate(jaxpr.jaxpr, jaxpr.consts, args)
 
     return jax.make_jaxpr(evaluate)(*jaxpr.in_avals)
+
+
+def convolutions_of(program: Program) -> int:
+    """How many convolutions the local computations of a program have."""
+    return sum(
+        count_convolutions(traced.jaxpr.jaxpr)
+        for op in program.ops
+        if (local := getattr(op, "local", None)) is not None
+        for traced in local.traces.values()
+    )
+
+
+def count_convolutions(jaxpr: Any) -> int:
+    """How many convolutions a jaxpr has, those inside of its loops and calls counted once."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "conv_general_dilated"
+        count += sum(map(count_convolutions, jex_core.jaxprs_in_params(eqn.params)))
+    return count
 
 
 def _has_convolution(jaxpr: Any) -> bool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fedjax_core.execution.aggregations import AGGREGATIONS
+from fedjax_core.execution.compiling import compiler_options, jit
 from fedjax_core.execution.evaluation import evaluate
 from fedjax_core.language.program import Op, Parameter, Program, goes_up
 from fedjax_core.language.values import Sequence
@@ -128,7 +129,8 @@ def dispatched(work: Pass, shared: Shared, start: Values, xs: Any) -> tuple[Valu
 
 @functools.lru_cache(maxsize=256)
 def _compiled_wave(work: Pass) -> Callable[..., tuple[Values, Values]]:
-    return jax.jit(work.wave, donate_argnums=1)
+    options = lambda: compiler_options(work.program, jax.default_backend())  # noqa: E731
+    return jit(work.wave, options, donate_argnums=1)
 
 
 def _one_by_one(wave: Callable[..., Any], totals: Values, xs: Any) -> tuple[Values, Values]:

@@ -24,6 +24,7 @@ from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
+from fedjax_core.execution.compiling import compiler_options, jit
 from fedjax_core.execution.computation import Computation, federated_computation
 from fedjax_core.execution.config import HOST_DRIVEN, Execution
 from fedjax_core.language import inference, types
@@ -218,7 +219,8 @@ def federated_learning(
 
     is_host_driven = execution.mode in HOST_DRIVEN
     donated = (0,) if execution.donate else ()
-    run_round = run if is_host_driven else jax.jit(run, donate_argnums=donated)
+    options = lambda: compiler_options(own.program, execution.platform)  # noqa: E731
+    run_round = run if is_host_driven else jit(run, options, donate_argnums=donated)
 
     @functools.wraps(run)
     def update(state: State, cohort: Cohort) -> tuple[State, Metrics]:
@@ -228,7 +230,7 @@ def federated_learning(
         check_remembered(member, state.clients, cohort)
         return run_round(place_state(state, execution), cohort)
 
-    run_many = make_many_by_host(run) if is_host_driven else make_many(run)
+    run_many = make_many_by_host(run) if is_host_driven else make_many(run, options)
 
     def prepare(state: State, dataset: Any) -> tuple[State, Source]:
         _check_state(expected, state)

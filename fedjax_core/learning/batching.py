@@ -17,9 +17,9 @@ def num_batches(examples: Sequence, batch_size: int) -> jax.Array:
 def shuffle(key: jax.Array, examples: Sequence) -> jax.Array:
     """A random order of the examples.
 
-    Every position draws its own 32 bits from the key, and positions are sorted by them. So the
-    order depends on the key and the length alone, not on the capacity that the sequence happens to
-    be padded to.
+    Every position draws its own 31 bits from the key, and positions are sorted by them, equal ones
+    as they stand. So the order depends on the key and the length alone, not on the capacity that
+    the sequence happens to be padded to.
 
     Args:
       key: of this client and epoch.
@@ -48,10 +48,20 @@ def _shuffle_prefix(key: jax.Array, examples: Sequence, size: int) -> jax.Array:
     """`shuffle` of a sequence of at most `size` examples."""
     positions = jnp.arange(examples.capacity, dtype=jnp.int32)
     prefix, rest = positions[:size], positions[size:]
-    draws = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(prefix)
+    # The highest bit is that of padding, so that one number orders both.
     is_padding = (prefix >= examples.length).astype(jnp.uint32)
-    order = lax.sort((is_padding, draws, prefix), num_keys=3)[2]
+    ranks = (_bits_by_position(key, size) >> 1) | (is_padding << 31)
+    order = lax.sort((ranks, prefix), num_keys=1, is_stable=True)[1]
     return jnp.concatenate([order, rest])
+
+
+def _bits_by_position(key: jax.Array, size: int) -> jax.Array:
+    """Random uint32 `[size]`, each depending on the key and its position alone."""
+    is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"
+    if is_threefry and jax.config.jax_threefry_partitionable:  # one draw has this property then
+        return jax.random.bits(key, (size,))
+    positions = jnp.arange(size, dtype=jnp.uint32)
+    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(positions)
 
 
 def take_batch(

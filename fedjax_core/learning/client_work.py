@@ -7,6 +7,7 @@
 Local training = epochs x batches, shuffled by the client's key x an optimiser that starts afresh.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -142,14 +143,7 @@ def train_locally(
 
     # A batch holds no more than there is: full batches may be asked for by any large number.
     batch_size = min(batch_size, examples.capacity)
-    # Compiled into the loop all the same; as a function of its own it is traced only once.
-    differentiate = jax.jit(
-        jax.grad(
-            lambda key, variables, batch, mask: model.loss(key, variables, batch, mask, True),
-            argnums=1,
-            has_aux=True,
-        )
-    )
+    differentiate = _gradient_of(model.loss)
 
     def epoch(number: jax.Array, carry: Any) -> Any:
         epoch_key = jax.random.fold_in(key, number)
@@ -178,6 +172,20 @@ def train_locally(
     end = epoch(jnp.int32(0), start) if is_single else lax.fori_loop(0, num_epochs, epoch, start)
     variables, _, stats = end
     return variables, stats
+
+
+# One function for each model: JAX then knows its trace when a round is traced again, for other
+# capacities, another aggregator or another optimiser. It is compiled into the loop all the same.
+@functools.lru_cache(maxsize=64)
+def _gradient_of(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a model's training loss by its variables, with stats and buffers."""
+    return jax.jit(
+        jax.grad(
+            lambda key, variables, batch, mask: loss(key, variables, batch, mask, True),
+            argnums=1,
+            has_aux=True,
+        )
+    )
 
 
 def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:

@@ -25,6 +25,7 @@ from fedjax_core.datasets.cohort import (
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
 from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.execution.compiling import jit
 from fedjax_core.learning.interrupts import deferred_interrupt
 
 # What the examples of one dispatch may take where they are sent along with it.
@@ -46,11 +47,14 @@ class Chunk(NamedTuple):
     valid: Any
 
 
-def make_many(update: Callable[[Any, Cohort], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def make_many(
+    update: Callable[[Any, Cohort], tuple[Any, Any]], options: Callable[[], dict[str, Any]]
+) -> Callable[..., tuple[Any, Any]]:
     """The compiled function of many rounds.
 
     Args:
       update: `(state, cohort) -> (state, metrics)`, one round.
+      options: of the compiler, see `compiling.jit`.
 
     Returns:
       `(state, examples, chunk, count, capacity) -> (state, metrics)`: the first `count` rounds of
@@ -74,7 +78,7 @@ def make_many(update: Callable[[Any, Cohort], tuple[Any, Any]]) -> Callable[...,
 
         return lax.fori_loop(0, count, one, (state, start))
 
-    return jax.jit(many, static_argnames="capacity", donate_argnums=0)
+    return jit(many, options, static_argnames="capacity", donate_argnums=0)
 
 
 def make_many_by_host(

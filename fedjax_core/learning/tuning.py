@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core as jex_core
-
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution.config import Execution, Tuning, TuningRow
+from fedjax_core.execution.convolutions import convolutions_of
 from fedjax_core.language.program import Program
 from fedjax_core.learning.algorithm import Algorithm
 from fedjax_core.learning.rounds import State
@@ -193,12 +192,7 @@ def examples_executed(lengths: np.ndarray, lanes: int, num_shards: int = 1) -> t
 
 
 def _convolutions(program: Program, platform: str) -> str:
-    count = sum(
-        count_convolutions(traced.jaxpr.jaxpr)
-        for op in program.ops
-        if (local := getattr(op, "local", None)) is not None
-        for traced in local.traces.values()
-    )
+    count = convolutions_of(program)
     if not count:
         return "none"
     if platform != "cpu":
@@ -207,15 +201,6 @@ def _convolutions(program: Program, platform: str) -> str:
         f"{count}, re-bound to NHWC x HWIO: in other layouts XLA's CPU backend runs them as naive "
         "loops inside of a loop"
     )
-
-
-def count_convolutions(jaxpr: Any) -> int:
-    """How many convolutions a jaxpr has, those inside of its loops and calls counted once."""
-    count = 0
-    for eqn in jaxpr.eqns:
-        count += eqn.primitive.name == "conv_general_dilated"
-        count += sum(map(count_convolutions, jex_core.jaxprs_in_params(eqn.params)))
-    return count
 
 
 def _check(algorithm: Any, cohort: Any) -> None:

@@ -41,12 +41,18 @@ def test_last_batch_is_masked(lengths, batch_size, last):
     np.testing.assert_array_equal(np.asarray(batch["x"])[np.asarray(mask)], [8, 9])
 
 
-def test_order_is_a_function_of_key_and_length_alone():
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("is_partitionable", [True, False])
+def test_order_is_a_function_of_key_and_length_alone(impl, is_partitionable):
     """Neither the capacity nor the place in the pool changes it; another key does."""
-    key = jax.random.key(3)
+    with jax.threefry_partitionable(is_partitionable):
+        check_order(jax.random.key(3, impl=impl), jax.random.key(4, impl=impl))
+
+
+def check_order(key, other):
     small = shuffle(key, sequence(11, 16))[:11]
     np.testing.assert_array_equal(small, shuffle(key, sequence(11, 64, start=5))[:11])
-    assert not np.array_equal(small, shuffle(jax.random.key(4), sequence(11, 16))[:11])
+    assert not np.array_equal(small, shuffle(other, sequence(11, 16))[:11])
     assert not np.array_equal(small, np.arange(11))
 
 
