@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 from fedjax_core.execution.config import Execution, Tuning, TuningRow
