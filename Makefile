@@ -12,6 +12,7 @@ WORKERS ?= auto
 DEMO ?= --log-dir logs --overwrite
 BENCH ?=
 ROUNDS ?=
+SIMULATION ?=
 PIP := PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet \
   $(addprefix --constraint ,$(CONSTRAINTS))
 
@@ -41,6 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/federated_core.py
 	$(BIN)/python benchmarks/mnist_fedavg.py $(BENCH)
 	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
+	$(BIN)/python benchmarks/simulation.py $(SIMULATION)
 
 install: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""The benchmark of rounds: its data, its sums, its protocol. No peer is installed here."""
+"""The benchmarks of rounds and of simulation: data, sums, protocol. No peer is installed here."""
 
 import dataclasses
 import importlib
@@ -10,6 +10,7 @@ import textwrap
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import fedjax_core as fc
@@ -21,6 +22,7 @@ rounds = importlib.import_module("rounds")
 workloads = importlib.import_module("workloads")
 environments = importlib.import_module("peers.environments")
 worker = importlib.import_module("peers.worker")
+simulation = importlib.import_module("simulation")
 sys.path.remove(str(ROOT / "benchmarks"))
 
 TINY = workloads.quick(workloads.WORKLOADS["linear_100"])
@@ -353,3 +355,96 @@ def test_command_line():
     assert rounds.parse_args([]).output == ROOT / "benchmarks" / "results" / "rounds.json"
     with pytest.raises(SystemExit):
         rounds.parse_args(["--workloads", "cnm"])
+
+
+def test_a_figure_is_beside_its_limit():
+    figures = [
+        simulation.Figure("told only", 2.0),
+        simulation.Figure("small enough", 1.0, 1.3),
+        simulation.Figure("too small", 3.9, 4, "at least"),
+        simulation.Figure("no number", float("nan"), 0, unit=" MB"),
+    ]
+    described = [simulation.describe(x, is_quick=False) for x in figures]
+    assert [x["is_met"] for x in described] == [True, True, False, False]
+    results = {"parts": {"a": {"figures": described}, "b": {"figures": [], "error": "broken"}}}
+    assert simulation.table(results).splitlines()[2:] == [
+        "| a | told only | 2x | - |  |",
+        "| a | small enough | 1x | at most 1.3x | met |",
+        "| a | too small | 3.9x | at least 4x | MISSED |",
+        "| a | no number | nan MB | at most 0 MB | MISSED |",
+        "| b | failed: broken | | | FAILED |",
+    ]
+    assert simulation.has_failed({"parts": {"b": {"figures": [], "error": "broken"}}})
+    assert simulation.has_failed({"parts": {"a": {"figures": described}}})
+    assert not simulation.has_failed({"parts": {"a": {"figures": described[:2]}}})
+    assert simulation.describe(figures[2], is_quick=True)["is_met"] is None
+
+
+def test_ways_take_turns():
+    turns = []
+    seconds = simulation.alternate(2, lambda: turns.append("a"), lambda: turns.append("b"))
+    assert turns == ["a", "b", "a", "b"]
+    assert [len(x) for x in seconds] == [2, 2]
+    # Twice as slow in the second repeat, both of them.
+    assert simulation.ratio([3.0, 6.0, 4.5], [1.0, 2.0, 1.5]) == pytest.approx(3.0)
+
+
+def test_unequal_clients_are_those_stated():
+    lengths = simulation.unequal_lengths(200)
+    assert (lengths.min() >= 1, lengths.max() <= simulation.LARGEST) == (True, True)
+    # The mean of 200 clipped draws: within four of its standard errors, 131 / sqrt(200).
+    assert abs(lengths.mean() - simulation.MEAN_SIZE) < 40
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_executed_steps_are_counted(lanes):
+    # Of 1, 1, 2 and 3 steps: beside the one of 3 runs that of 2, three steps long.
+    dataset = simulation.images(np.array([1, 20, 40, 41]))
+    executed = simulation.executed_steps(dataset, fc.Execution(lanes=lanes))
+    assert executed == {1: 7, 2: 2 * 3 + 2 * 1}[lanes]
+
+
+def test_padded_training_is_local_training():
+    dataset = simulation.images(np.array([1, 41]))
+    model, optimizer = fc.models.linear(), optax.sgd(0.1)
+    ours = simulation.fed_avg(model, client_optimizer=optimizer)
+    work = simulation.padded_training(model, optimizer, num_steps=4)
+    padded = simulation.federated_learning(model, work, fc.aggregators.mean(), optax.sgd(1.0))
+    state, cohort = ours.init(jax.random.key(0)), dataset.cohort(dataset.client_ids)
+    (a, metrics), (b, others) = ours.update(state, cohort), padded.update(state, cohort)
+    assert simulation.largest_difference(a.params, b.params) < 1e-6
+    assert metrics.train["num_batches"] == others.train["num_batches"] == 4
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(name, marks=() if name == "overhead" else pytest.mark.slow)
+        for name in simulation.PARTS
+        if name != "speakers"  # whose data are not ours to give away
+    ],
+)
+def test_each_part_of_simulation_runs(part, tmp_path, capsys):
+    path = tmp_path / "simulation.json"
+    assert simulation.main(["--quick", "--parts", part, "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["quick"]
+    assert written["machine"]["jax"] == jax.__version__
+    assert written["parts"][part]["figures"]
+    assert f"| {part} | " in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_no_silent_pass(monkeypatch, capsys):
+    monkeypatch.delenv("FEDJAX_CORE_DATA", raising=False)
+    assert simulation.main(["--quick", "--parts", "speakers"]) == 1
+    assert "failed: LookupError: set FEDJAX_CORE_DATA" in capsys.readouterr().out
+
+
+def test_command_line_of_simulation():
+    args = simulation.parse_args(["--parts", "memory,run"])
+    assert args.parts == ["memory", "run"]
+    assert args.output == ROOT / "benchmarks" / "results" / "simulation.json"
+    assert simulation.parse_args(["--quick"]).output is None
+    for wrong in ("memroy", ""):
+        with pytest.raises(SystemExit):
+            simulation.parse_args(["--parts", wrong])

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedjax_core.datasets import checks
 from fedjax_core.datasets import partition as partitions
+from fedjax_core.datasets.cohort import aligned_zeros, gather_rows
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.partition import Partition
 from fedjax_core.errors import DataError, FederatedTypeError
@@ -48,7 +49,7 @@ def from_clients(
     for client_id, arrays in checked.items():
         _check_same_features(client_id, arrays, first, checked[first])
     sizes = [len(next(iter(arrays.values()))) for arrays in checked.values()]
-    features = {n: np.concatenate([x[n] for x in checked.values()]) for n in checked[first]}
+    features = {n: _concatenate([x[n] for x in checked.values()]) for n in checked[first]}
     return FederatedDataset(features, checks.offsets_of(np.asarray(sizes)), tuple(checked), name)
 
 
@@ -95,8 +96,13 @@ def from_arrays(
     kept = _kept_features(columns, features)
     groups = partition(columns, np.random.default_rng(checks.checked_seed(seed)))
     rows, sizes = _checked_groups(groups, len(next(iter(columns.values()))))
-    arrays = {n: np.take(checks.canonical(n, columns[n]), rows, axis=0) for n in kept}
+    arrays = {n: gather_rows(checks.canonical(n, columns[n]), rows, len(rows)) for n in kept}
     return FederatedDataset(arrays, checks.offsets_of(sizes), tuple(groups), name)
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    shape = sum(map(len, arrays)), *arrays[0].shape[1:]
+    return np.concatenate(arrays, out=aligned_zeros(shape, arrays[0].dtype))
 
 
 def _client_arrays(client_id: str, examples: Mapping[str, Any]) -> dict[str, np.ndarray]:

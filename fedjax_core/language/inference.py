@@ -218,7 +218,7 @@ def difference(expected: Any, got: Any) -> str | None:
       >>> difference({"w": np.zeros(2, np.float32)}, {"w": np.zeros(3, np.float32)})
       "expected float32[2] at ['w'], got float32[3]"
     """
-    if _is_same(expected, got):
+    if _is_alike(expected, got):
         return None
     wanted = dict(jax.tree_util.tree_leaves_with_path(expected))
     found = dict(jax.tree_util.tree_leaves_with_path(got))
@@ -231,22 +231,24 @@ def difference(expected: Any, got: Any) -> str | None:
     return None
 
 
-def _is_same(expected: Any, got: Any) -> bool:
-    """Whether structures, shapes and dtypes agree; asked in every round, so without any words."""
+def _is_alike(expected: Any, got: Any) -> bool:
+    """Whether there is no difference, found without words: every round asks this of its state."""
     wanted, structure = jax.tree.flatten(expected)
-    found, found_structure = jax.tree.flatten(got)
-    return structure == found_structure and all(
-        getattr(b, "dtype", None) == a.dtype and b.shape == a.shape
-        for a, b in zip(wanted, found, strict=True)
-        if hasattr(a, "dtype")
-    )
+    found, other = jax.tree.flatten(got)
+    pairs = zip(wanted, found, strict=False)
+    return structure == other and all(_shape_and_dtype(x) == _shape_and_dtype(y) for x, y in pairs)
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.shape(leaf), dtype
 
 
 def _describe_leaf(leaf: Any) -> str:
     if leaf is None:
         return "nothing"
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return f"{dtype}{list(jnp.shape(leaf))}"
+    shape, dtype = _shape_and_dtype(leaf)
+    return f"{dtype}{list(shape)}"
 
 
 def check_same(expected: Type, got: Type, what: str) -> None:

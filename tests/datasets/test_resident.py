@@ -33,6 +33,17 @@ def test_examples_stay_as_they_are_stored(dataset):
     assert all(isinstance(x, jax.Array) for x in resident.examples.values())
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have their own memory")
+@pytest.mark.parametrize("make", ["clients", "arrays", "select"])
+def test_on_a_cpu_no_example_is_held_twice(dataset, make):
+    rows = {"x": np.arange(6, dtype=np.uint8), "y": np.arange(6, dtype=np.float32)}
+    by_arrays = datasets.from_arrays(rows, partition=datasets.partition.iid(2))
+    dataset = {"clients": dataset, "arrays": by_arrays, "select": dataset.select(["c", "a"])}[make]
+    resident = dataset.on_device()
+    for name, x in dataset.examples.items():
+        assert np.shares_memory(np.asarray(resident.examples[name]), x)
+
+
 def test_a_cohort_has_the_same_clients_as_one_of_the_host(dataset):
     ids = ["c", "b", "a"]
     ours, theirs = dataset.on_device().cohort(ids, 4), dataset.cohort(ids, 4)
