@@ -7,13 +7,16 @@ JAX returns from a dispatch before the device is done, so that the host draws th
 next one, and gathers their examples where these are not on the device, while this one computes.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedjax_core.datasets.cohort import (
     Cohort,
@@ -64,7 +67,7 @@ def make_many(update: Callable[[Any, Cohort], tuple[Any, Any]]) -> Callable[...,
 
         shapes = jax.eval_shape(lambda: update(state, cohort(0)))[1]
         num_rounds = chunk.start.shape[0]
-        start = jax.tree.map(lambda x: jnp.zeros((num_rounds, *x.shape), x.dtype), shapes)
+        start = jax.tree.map(lambda x: _zero_rows(num_rounds, x), shapes)
 
         def one(r: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, rows = carry
@@ -75,6 +78,14 @@ def make_many(update: Callable[[Any, Cohort], tuple[Any, Any]]) -> Callable[...,
         return lax.fori_loop(0, count, one, (state, start))
 
     return jax.jit(many, static_argnames="capacity", donate_argnums=0)
+
+
+def _zero_rows(num_rows: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """``[num_rows, ...]``, on the mesh that `like` is on: with Explicit axes it is in its type."""
+    where = like.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, P(None, *where.spec))
+    return jnp.zeros((num_rows, *like.shape), like.dtype, device=where)
 
 
 def make_many_by_host(
@@ -154,6 +165,7 @@ def run_rounds(
     if size is not None:
         check_whole("rounds_per_dispatch", size, least=1)
     first = int(jax.device_get(state.round))
+    _check_last_round(first, num_rounds)
     draw = _drawer(sampler, source.dataset)
     size = size or _default_size(source, len(draw(first)))
     chunks = _Chunks(source, min(size, next_power_of_two(num_rounds)))
@@ -169,7 +181,8 @@ def run_rounds(
             examples, chunk = chunks.make(drawn)
             state, metrics = many(state, examples, chunk, np.int32(count), source.capacity)
             done.append((metrics, count))
-    return state, _joined(done)
+        # Most of a run is spent here, where the host waits: Ctrl-C must not lose its rounds.
+        return jax.block_until_ready(state), _joined(done)
 
 
 def _joined(done: list[tuple[Any, int]]) -> Any:
@@ -190,7 +203,30 @@ def _drawer(sampler: Any, dataset: FederatedDataset) -> Callable[[int], np.ndarr
         )
     ask: Callable[[int], Any] = sampler
     positions = getattr(sampler, "positions", None)
-    return positions or (lambda number: dataset.positions(ask(number)))
+    if positions is None or not _numbers_alike(getattr(sampler, "dataset", dataset), dataset):
+        positions = lambda number: dataset.positions(ask(number))  # noqa: E731
+    draw: Callable[[int], np.ndarray] = positions
+
+    def drawn(number: int) -> np.ndarray:
+        with naming_the_round(number):
+            return draw(number)
+
+    return drawn
+
+
+def _numbers_alike(one: Any, other: FederatedDataset) -> bool:
+    """Whether a position means the same client in both datasets."""
+    return one is other or getattr(one, "client_ids", None) == other.client_ids
+
+
+@contextlib.contextmanager
+def naming_the_round(number: int) -> Iterator[None]:
+    """Adds the number of the round to an error that comes out of it."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This happened in round {number}.")
+        raise
 
 
 def _default_size(source: Source, clients_per_round: int) -> int:
@@ -257,6 +293,15 @@ class _Chunks:
 
 def _as_int32(chunk: Chunk) -> Chunk:
     return chunk._replace(start=chunk.start.astype(np.int32))
+
+
+def _check_last_round(first: int, num_rounds: int) -> None:
+    last = np.iinfo(np.int32).max
+    if num_rounds > last - first:
+        raise ArgumentError(
+            f"run: expected rounds below number {last:,}, which is what the state can count to, "
+            f"got {num_rounds=} from round {first}; begin with a new state."
+        )
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
