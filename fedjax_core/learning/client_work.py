@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_core.errors import ArgumentError
+from fedjax_core.errors import ArgumentError, noted
 from fedjax_core.language.values import Sequence
 from fedjax_core.learning.batching import num_batches, shuffle, take_batch
 from fedjax_core.learning.metrics import Mean, Sum
@@ -142,14 +142,13 @@ def train_locally(
 
     # A batch holds no more than there is: full batches may be asked for by any large number.
     batch_size = min(batch_size, examples.capacity)
+
+    def loss(key: jax.Array, variables: Any, batch: Any, mask: jax.Array) -> Any:
+        with noted("In the model's `loss`."):
+            return model.loss(key, variables, batch, mask, True)
+
     # Compiled into the loop all the same; as a function of its own it is traced only once.
-    differentiate = jax.jit(
-        jax.grad(
-            lambda key, variables, batch, mask: model.loss(key, variables, batch, mask, True),
-            argnums=1,
-            has_aux=True,
-        )
-    )
+    differentiate = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
 
     def epoch(number: jax.Array, carry: Any) -> Any:
         epoch_key = jax.random.fold_in(key, number)

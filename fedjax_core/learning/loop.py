@@ -18,11 +18,10 @@ import numpy as np
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.splits import Splits
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import ArgumentError, FederatedTypeError, noted
 from fedjax_core.learning.algorithm import Algorithm, State
 from fedjax_core.learning.history import History, Numbers, RoundRecord, flat_numbers
 from fedjax_core.learning.interrupts import deferred_interrupt
-from fedjax_core.learning.many_rounds import naming_the_round
 from fedjax_core.learning.writers import Writer
 
 _LAST_NAMES = ("loss", "num_examples", "num_batches")
@@ -87,7 +86,7 @@ def train(
             stack.callback(writer.close)
         while len(records) < num_rounds and not stop.is_set():
             number, done = first + len(records), len(records) + 1
-            with naming_the_round(number):
+            with noted(f"This happened in round {number}."):
                 cohort = dataset.cohort(sampler(number))
                 state, record = _run_round(algorithm, state, cohort, number, records)
                 if evaluation and _is_due(done, num_rounds, evaluate_every):

@@ -7,8 +7,7 @@ JAX returns from a dispatch before the device is done, so that the host draws th
 next one, and gathers their examples where these are not on the device, while this one computes.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +26,9 @@ from fedjax_core.datasets.cohort import (
 )
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError, noted
 from fedjax_core.learning.interrupts import deferred_interrupt
+from fedjax_core.memory import check_fits
 
 # What the examples of one dispatch may take where they are sent along with it.
 _BYTES_PER_DISPATCH = 1 << 28
@@ -208,7 +208,7 @@ def _drawer(sampler: Any, dataset: FederatedDataset) -> Callable[[int], np.ndarr
     draw: Callable[[int], np.ndarray] = positions
 
     def drawn(number: int) -> np.ndarray:
-        with naming_the_round(number):
+        with noted(f"This happened in round {number}."):
             return draw(number)
 
     return drawn
@@ -217,16 +217,6 @@ def _drawer(sampler: Any, dataset: FederatedDataset) -> Callable[[int], np.ndarr
 def _numbers_alike(one: Any, other: FederatedDataset) -> bool:
     """Whether a position means the same client in both datasets."""
     return one is other or getattr(one, "client_ids", None) == other.client_ids
-
-
-@contextlib.contextmanager
-def naming_the_round(number: int) -> Iterator[None]:
-    """Adds the number of the round to an error that comes out of it."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"This happened in round {number}.")
-        raise
 
 
 def _default_size(source: Source, clients_per_round: int) -> int:
@@ -270,12 +260,26 @@ class _Chunks:
     def _packed(self, chunk: Chunk) -> tuple[dict[str, Any], Chunk]:
         """The rows of all clients of the chunk, one client after the other."""
         length = chunk.length.reshape(-1)
+        num_rows = max(self._num_rows, next_power_of_two(int(length.sum(dtype=np.int64))))
+        if num_rows > self._num_rows:
+            self._check_rows(num_rows)
+        self._num_rows = num_rows
         rows = slice_rows(chunk.start.reshape(-1), length)
-        self._num_rows = max(self._num_rows, next_power_of_two(len(rows)))
         start = (np.cumsum(length, dtype=np.int64) - length).reshape(chunk.start.shape)
         examples = self._source.examples
         pool = {name: gather_rows(x, rows, self._num_rows) for name, x in examples.items()}
         return pool, _as_int32(chunk._replace(start=start))
+
+    def _check_rows(self, num_rows: int) -> None:
+        """Raises for more examples than a dispatch can be sent."""
+        remedy = "use fewer rounds_per_dispatch, or fewer clients a round"
+        if num_rows > 2**31:
+            raise DataError(
+                f"run: expected at most 2**31 examples in a dispatch, got {num_rows:,}; {remedy}."
+            )
+        num_bytes = num_rows * bytes_per_row(self._source.examples)
+        what = f"run: the {num_rows:,} examples of a dispatch of {self._num_rounds} rounds"
+        check_fits(num_bytes, what, remedy, on_host=True)
 
     def _stacked(self, rows: list[np.ndarray]) -> np.ndarray:
         """``[rounds, ...]``, padded with zeros."""

@@ -1,5 +1,6 @@
 """Several devices and several processes: the same round as on one device."""
 
+import functools
 import os
 import pathlib
 import socket
@@ -59,6 +60,12 @@ def one_round(execution=fc.Execution(), cohort=None, **parts):  # noqa: B008 - f
     return algorithm.update(state, cohort or make_dataset().cohort(CLIENTS))
 
 
+@functools.cache
+def plain_round(size=7):
+    """The round of the first clients on one device."""
+    return one_round(cohort=make_dataset().cohort(CLIENTS[:size]))
+
+
 # What the clients send, symbol by symbol.
 
 
@@ -93,9 +100,9 @@ def remembering(codec):
     return codec._replace(init=init, encode=encode)
 
 
-def quantised_round(execution=fc.Execution(), cohort=None):  # noqa: B008 - frozen
-    codec = remembering(uniform_quantize(8, min_size=0))
-    state, metrics = one_round(execution, cohort, codec=codec, model=models.two_nn())
+def quantised_round(execution=fc.Execution(), cohort=None, model=None):  # noqa: B008 - frozen
+    codec = remembering(uniform_quantize(8, min_size=1000))
+    state, metrics = one_round(execution, cohort, codec=codec, model=model)
     assert int(metrics.clients["num_participants"]) == 6
     sent = state.clients.aggregator
     if execution.mesh is not None:  # each process has its own rows only
@@ -103,8 +110,9 @@ def quantised_round(execution=fc.Execution(), cohort=None):  # noqa: B008 - froz
         sent = jax.jit(lambda x: x, out_shardings=everywhere)(sent)
     rows = jax.tree.map(lambda x: np.asarray(x)[: len(CLIENTS)], sent)
     is_symbols = lambda x: isinstance(x, Symbols)  # noqa: E731
-    codes = [x.codes for x in jax.tree.leaves(rows.payload, is_leaf=is_symbols)]
-    step = [(side[:, 1] - side[:, 0]) / 255 for side in rows.side]
+    pairs = zip(jax.tree.leaves(rows.payload, is_leaf=is_symbols), rows.side, strict=True)
+    quantised = [(x.codes, (side[:, 1] - side[:, 0]) / 255) for x, side in pairs if is_symbols(x)]
+    codes, step = map(list, zip(*quantised, strict=True))
     return Sent(codes, step, list(map(np.asarray, jax.tree.leaves(state.params))))
 
 
@@ -120,8 +128,9 @@ def check_sent(found, expected):
         np.tensordot(step, level, axes=1) / sum(SIZES)
         for step, level in zip(expected.step, levels, strict=True)
     ]
-    for x, y, bound in zip(found.params, expected.params, bounds, strict=True):
-        assert np.all(np.abs(x - y) <= bound + 1e-5)
+    by_shape = {bound.shape: bound for bound in bounds}  # that of a tensor that went raw is zero
+    for x, y in zip(found.params, expected.params, strict=True):
+        assert np.all(np.abs(x - y) <= by_shape.get(x.shape, 0) + 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -131,32 +140,26 @@ def on_one_device():
 
 def test_what_is_compared_are_the_symbols(on_one_device):
     """All that six clients send, one not at all; what the bound forgives, and what it does not."""
-    codes, step, params = on_one_device
-    assert sum(x.size for x in codes) == 7 * 199_210
-    assert all(np.ptp(x[k]) == 255 for x in codes for k in (0, 1, 3, 4, 5, 6))
-    assert not any(x[2].any() for x in codes)
-
-    def changed(row, at, levels):
-        others = [x.copy() for x in codes]
-        others[row][at] = others[row][at] + levels if others[row][at] < 200 else 0
-        return others
-
-    kernel = int(np.argmax([x.size for x in codes]))
-    at = tuple(np.argwhere(codes[kernel][3] < 200)[0])
-    moved = [x.copy() for x in params]
-    moved[kernel][at] += 28 / 76 * step[kernel][3] / 28
-    others = changed(kernel, (3, *at), 1)
-    check_sent(Sent(others, step, moved), on_one_device)
-    moved[kernel][at] += step[kernel][3]
+    (codes,), (step,), params = on_one_device
+    assert codes.shape == (7, 784, 10)
+    assert [int(np.ptp(row)) for row in codes] == [255, 255, 0, 255, 255, 255, 255]
+    kernel = [x.shape for x in params].index(codes.shape[1:])
+    at = tuple(np.argwhere(codes[3] < 255)[0])
+    others, moved = codes.copy(), [x.copy() for x in params]
+    others[(3, *at)] += 1
+    moved[kernel][at] += step[3] / sum(SIZES)
+    check_sent(Sent([others], [step], moved), on_one_device)
+    with pytest.raises(AssertionError):  # no symbol of this parameter differs
+        check_sent(Sent([codes], [step], moved), on_one_device)
+    moved[kernel][at] += step[3] / sum(SIZES)
     with pytest.raises(AssertionError):
-        check_sent(Sent(others, step, moved), on_one_device)
-    many = [x + (np.arange(x.size).reshape(x.shape) % 5_000 == 0) for x in codes]
-    with pytest.raises(AssertionError):
-        check_sent(Sent(many, step, params), on_one_device)
+        check_sent(Sent([others], [step], moved), on_one_device)
+    others.reshape(-1)[::5_000] ^= 1
+    with pytest.raises(AssertionError):  # 2e-4 of the symbols
+        check_sent(Sent([others], [step], params), on_one_device)
 
 
-@pytest.mark.parametrize("is_spread", [False, True])
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(("lanes", "is_spread"), [(1, False), (2, True)])
 def test_symbols_on_four_devices(on_one_device, lanes, is_spread):
     execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)), lanes=lanes)
     cohort = make_dataset().cohort(CLIENTS)
@@ -164,15 +167,24 @@ def test_symbols_on_four_devices(on_one_device, lanes, is_spread):
     check_sent(found, on_one_device)
 
 
-@pytest.mark.parametrize("ids", [CLIENTS[:1], CLIENTS[:3], CLIENTS])
-def test_fewer_clients_than_devices_and_numbers_they_do_not_divide(ids):
-    cohort = make_dataset().cohort(ids)
-    expected, _ = one_round(cohort=cohort)
-    execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)))
-    for given in (cohort, spread(cohort, execution)):
-        found, metrics = one_round(execution, given)
-        assert int(metrics.clients["num_clients"]) == len(ids)
-        np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
+@pytest.mark.slow
+def test_symbols_of_a_network_on_four_devices():
+    """196,800 symbols of each client, where the order of a summation may flip some."""
+    execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)), lanes=2)
+    found, expected = (
+        quantised_round(e, model=models.two_nn()) for e in (execution, fc.Execution())
+    )
+    assert sum(x.size for x in found.codes) == 7 * (196_800 + 2_000)
+    check_sent(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_fewer_clients_than_devices_and_a_number_they_do_not_divide(size):
+    cohort = make_dataset().cohort(CLIENTS[:size])
+    expected, _ = plain_round(size)
+    found, metrics = one_round(fc.Execution(mesh=jax.make_mesh((4,), ("clients",))), cohort)
+    assert int(metrics.clients["num_clients"]) == size
+    np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
@@ -184,7 +196,7 @@ def test_a_cohort_that_is_spread(kind, lanes):
     assert cohort.num_clients == 8
     assert cohort.pools == 4
     assert len(cohort.examples["image"].sharding.device_set) == 4
-    expected, theirs = one_round()
+    expected, theirs = plain_round()
     found, ours = one_round(execution, cohort=cohort)
     np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
     assert int(ours.clients["num_clients"]) == int(theirs.clients["num_clients"]) == 7
@@ -264,7 +276,7 @@ def test_two_processes_of_two_devices(tmp_path, on_one_device):
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    expected, _ = one_round()
+    expected, _ = plain_round()
     for rank in (0, 1):
         (params,) = arrays_in(tmp_path / f"raw_{rank}.npz")
         np.testing.assert_allclose(params, flat(expected.params), atol=1e-5)
