@@ -12,7 +12,7 @@ import jax
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec, Keys, Message, Report
-from fedjax_core.errors import CodecError
+from fedjax_core.errors import CodecError, noted
 from fedjax_core.language import inference
 from fedjax_core.language.checks import check_takes
 
@@ -44,7 +44,8 @@ def checked(codec: Codec) -> Codec:
         return server, memory
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
-        results = codec.encode(keys, memory, hints, value)
+        with noted(f"In `encode` of codec {codec.name}."):
+            results = codec.encode(keys, memory, hints, value)
         new, message = _pair(codec, "encode", results, "(memory, message)")
         _check_kept(codec, "encode", "memory", memory, new)
         return new, message

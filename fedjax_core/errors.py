@@ -18,6 +18,9 @@
 Messages say what was expected, what was got, and what to do.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class FedjaxError(Exception):
     """Base class of every error that the library raises on purpose."""
@@ -85,3 +88,17 @@ class MisplacedTypeError(FederatedTypeError, ValueError):
 
 class NotExportableError(ArgumentError):
     """A computation of which JAX makes no artifact."""
+
+
+@contextlib.contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Adds a note on where it happened to an error, the user's own one too, which stays as it is.
+
+    Args:
+      note: a sentence.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise

@@ -11,7 +11,7 @@ import jax
 
 from fedjax_core.aggregators.base import Aggregator, Measurements
 from fedjax_core.compression.edges import PlacedKeys
-from fedjax_core.errors import FederatedTypeError, PlacementError
+from fedjax_core.errors import FederatedTypeError, PlacementError, noted
 from fedjax_core.language.checks import check_takes
 from fedjax_core.language.placements import CLIENTS, SERVER, Placement
 from fedjax_core.language.tracing import Value
@@ -51,7 +51,8 @@ def checked(aggregator: Aggregator) -> Aggregator:
     def aggregate(
         keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
     ) -> tuple[Value, Value, Value, Measurements]:
-        results = aggregator.aggregate(keys, server, memory, value, weight)
+        with noted(f"In {_AGGREGATE}."):
+            results = aggregator.aggregate(keys, server, memory, value, weight)
         names = ("server", "memory", "value", "measurements")
         new_server, new_memory, total, measurements = _results(results, _AGGREGATE, names)
         _check_kept("server", server, new_server, SERVER)

@@ -31,6 +31,10 @@ class Training:
     """Seed of the partition, the initial parameters and the sampling of clients, below 2**32."""
     data_dir: pathlib.Path | None = None
     """Folder for prepared data; by default $FEDJAX_CORE_CACHE or ~/.cache/fedjax_core."""
+    tune: bool = False
+    """Measure ways to run a round on the first cohort, and train with the fastest."""
+    execution: pathlib.Path | None = None
+    """File execution.json of an earlier run, to run rounds as there: the same bits again."""
     overwrite: bool = False
     """Replace the logs (and the saved state) of an earlier run; other files in the folder stay."""
 
@@ -97,3 +101,7 @@ def check(settings: Training) -> None:
     for side in ("client", "server"):
         rate = getattr(settings, f"{side}_learning_rate")
         checked_fraction(f"--{side}-learning-rate", rate, high=math.inf)
+    if settings.tune and settings.execution is not None:
+        raise ArgumentError(
+            "expected --tune or --execution, got both; leave out --tune to run as the file says"
+        )

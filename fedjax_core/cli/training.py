@@ -1,5 +1,6 @@
 """``fedjax-core train``, and what it shares with the demo."""
 
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -10,12 +11,15 @@ from fedjax_core import compression, datasets, models
 from fedjax_core.aggregators import mean
 from fedjax_core.algorithms import fed_avg
 from fedjax_core.cli import options
-from fedjax_core.files import check_writable
+from fedjax_core.errors import StorageError
+from fedjax_core.execution.config import Execution
+from fedjax_core.files import check_writable, write_atomically
 from fedjax_core.learning import checkpoints, writers
 from fedjax_core.learning.algorithm import Algorithm
 from fedjax_core.learning.evaluation import evaluate
 from fedjax_core.learning.history import History
 from fedjax_core.learning.loop import train
+from fedjax_core.learning.tuning import tune
 
 
 def run(settings: options.Train) -> bool:
@@ -90,6 +94,7 @@ def make_experiment(
     settings: options.Training,
 ) -> Experiment:
     """Federated averaging of `model`."""
+    execution = Execution() if settings.execution is None else read_execution(settings.execution)
     algorithm = fed_avg(
         model,
         client_optimizer=optax.sgd(settings.client_learning_rate),
@@ -97,6 +102,7 @@ def make_experiment(
         aggregator=mean() if codec is None else mean(codec=codec),
         batch_size=settings.batch_size,
         num_epochs=settings.epochs,
+        execution=execution,
     )
     sampler = datasets.sampling.uniform(
         splits.train, settings.clients_per_round, seed=settings.seed
@@ -109,6 +115,8 @@ def train_once(
 ) -> tuple[Any, History]:
     """Runs the rounds, logged to the screen and to `folder`; the last state and the history."""
     model, splits, algorithm, sampler = experiment
+    algorithm = _decided(algorithm, splits.train.cohort(sampler(0)), settings)
+    write_execution(folder / writers.EXECUTION_NAME, algorithm.execution)
     return train(
         algorithm,
         splits.train,
@@ -123,6 +131,38 @@ def train_once(
             writers.json_lines(folder / writers.JSON_LINES_NAME),
         ],
     )
+
+
+def _decided(
+    algorithm: Algorithm, cohort: datasets.Cohort, settings: options.Training
+) -> Algorithm:
+    """The algorithm with nothing left to be decided about how it runs, measured if asked for."""
+    execution = algorithm.execution
+    if settings.tune:
+        execution = tune(algorithm, algorithm.init(jax.random.key(settings.seed)), cohort)
+        print(execution.tuning, flush=True)
+    return algorithm.with_execution(execution.resolved(cohort.num_clients))
+
+
+def write_execution(path: pathlib.Path, execution: Execution) -> None:
+    """Writes how a run is run, as JSON for people and for `read_execution`."""
+    write_atomically(path, (json.dumps(execution.to_dict(), indent=2) + "\n").encode())
+
+
+def read_execution(path: pathlib.Path) -> Execution:
+    """What `write_execution` wrote.
+
+    Raises:
+      StorageError: there is no such file, or it holds no JSON.
+      ArgumentError: it holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"expected the execution.json of an earlier run, got {path} ({error}); check the path."
+        ) from error
+    return Execution.from_dict(record)
 
 
 def save(path: pathlib.Path, state: Any, history: History) -> None:

@@ -17,6 +17,9 @@ from fedjax_core.datasets.resident import DeviceDataset, put_on_device
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError, UnknownClientError
 from fedjax_core.memory import check_fits
 
+# Of a cohort's tables: start, length, uid, index, valid.
+_BYTES_PER_CLIENT = 8 + 4 + 8 + 4 + 1
+
 # Above this many clients a search for similar ids would take longer than a person waits.
 _MAX_CLIENTS_TO_COMPARE = 20_000
 
@@ -114,7 +117,8 @@ class FederatedDataset:
         Raises:
           DataError: no id, or the same one twice; `UnknownClientError` for an unknown one.
           FederatedTypeError: an id that is no str, or one str in place of a list.
-          ArgumentError: `num_clients` is below the number of ids.
+          ArgumentError: `num_clients` is below the number of ids, or above 2**31 - 1.
+          DeviceMemoryError: there is no memory for so many; nothing was allocated.
         """
         return self.cohort_at(self.positions(ids), num_clients)
 
@@ -271,6 +275,13 @@ def _padded_size(num_clients: int | None, num_ids: int) -> int:
             f"num_clients is the padded size of the cohort: expected at least the {num_ids} ids "
             f"given, got {num_clients=}"
         )
+    if num_clients >= 2**31:
+        raise ArgumentError(
+            f"num_clients: expected at most 2**31 - 1, got {num_clients}; it is the padded size of "
+            "the cohort, such as the clients of the largest round"
+        )
+    what = f"the tables of {num_clients:,} clients"
+    check_fits(_BYTES_PER_CLIENT * num_clients, what, "pad to fewer clients", on_host=True)
     return num_clients
 
 

@@ -6,14 +6,15 @@ clients share one compiled program.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from fedjax_core.datasets.cohort import Cohort, bytes_per_row, next_power_of_two
-from fedjax_core.errors import DataError, FederatedTypeError
+from fedjax_core.datasets.cohort import Cohort, next_power_of_two
+from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 from fedjax_core.memory import check_fits, format_bytes
 
 if TYPE_CHECKING:
@@ -75,11 +76,40 @@ def put_on_device(dataset: "FederatedDataset", device: Any = None) -> DeviceData
             f"a device holds at most 2**31 - 1 examples of a dataset, got {num_rows}; leave it in "
             "the memory of the host: rounds are then sent what they need"
         )
-    num_bytes = num_rows * bytes_per_row(dataset.examples)
+    num_bytes = sum(_bytes_on(device, x) for x in dataset.examples.values())
     what = f"the {num_rows:,} examples of {dataset.name!r}"
     remedy = "leave them in the memory of the host: rounds are then sent what they need"
-    where = device if isinstance(device, jax.Device) else None
+    where = _first_of(device)
     check_fits(num_bytes, what, remedy, where)
     examples = jax.device_put(dict(dataset.examples), device)
     capacity = next_power_of_two(int(dataset.num_examples.max()))
     return DeviceDataset(dataset, examples, capacity)
+
+
+def _first_of(device: Any) -> Any:
+    """A device to ask for its memory."""
+    if not isinstance(device, jax.sharding.Sharding):
+        return device
+    local = device.addressable_devices
+    return min(local, key=lambda found: found.id) if local else None
+
+
+def _bytes_on(device: Any, array: np.ndarray) -> int:
+    """What an array takes on each device; on CPUs, which share their memory, on all of them.
+
+    Raises:
+      ArgumentError: for a sharding that does not divide the array.
+    """
+    if not isinstance(device, jax.sharding.Sharding):
+        return array.nbytes
+    try:
+        shape = device.shard_shape(array.shape)
+    except ValueError as error:
+        raise ArgumentError(
+            f"on_device: expected a sharding that divides {array.dtype}{list(array.shape)}, got "
+            f"{device!r} ({error}); keep all examples on each device, as "
+            "NamedSharding(mesh, PartitionSpec()) does, or spread each cohort: datasets.spread"
+        ) from error
+    local = device.addressable_devices
+    is_cpu = all(found.platform == "cpu" for found in local)
+    return math.prod(shape) * array.dtype.itemsize * (len(local) if is_cpu else 1)

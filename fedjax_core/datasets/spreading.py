@@ -6,6 +6,7 @@ the cohort of the round, which no process holds in whole.
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,6 +42,11 @@ def spread(cohort: Cohort, execution: Execution) -> Cohort:
     if not isinstance(cohort, Cohort) or cohort.pools != 1:
         raise FederatedTypeError(
             f"spread: expected a cohort as dataset.cohort(ids) makes it, got {cohort!r}."
+        )
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(cohort)):
+        raise FederatedTypeError(
+            "spread: expected arrays in memory, got values that JAX is tracing; spread the cohort "
+            "outside of jit, and pass the result."
         )
     num_parts = _num_local_parts(execution)
     parts = _deal(np.asarray(cohort.length), num_parts)

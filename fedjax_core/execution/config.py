@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -125,6 +126,11 @@ class Execution:
             )
         if not isinstance(self.donate, bool):
             raise ArgumentError(f"Expected donate to be True or False, got {self.donate!r}.")
+        if self.tuning is not None and not isinstance(self.tuning, Tuning):
+            raise ArgumentError(
+                f"Expected tuning to be the measurements that tune made, got {self.tuning!r}; "
+                "leave it out."
+            )
         self._check_axes()
         if self.mesh is not None:
             self._check_mesh(self.mesh)
@@ -187,9 +193,92 @@ class Execution:
         return Choice(mode, min(16, on_device), why_mode, why)
 
     @property
+    def device(self) -> Any:
+        """The first device that it runs on."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+    @property
     def platform(self) -> str:
         """The backend that it runs on, such as "cpu"."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return jax.default_backend() if self.mesh is None else self.device.platform
+
+    def resolved(self, num_clients: int) -> "Execution":
+        """The same with what "auto" comes to here for cohorts of `num_clients`."""
+        choice = self.choose(num_clients)
+        return dataclasses.replace(self, mode=cast(Mode, choice.mode), lanes=choice.lanes)
+
+    def to_dict(self, *, tuning: bool = True) -> dict[str, Any]:
+        """The execution as what JSON knows, to be kept with a run; `from_dict` reads it.
+
+        Args:
+          tuning: whether the measurements are in it.
+
+        Examples:
+          >>> Execution(lanes=4).to_dict()
+          {'mode': 'auto', 'lanes': 4, 'axis': 'clients', 'donate': False, 'mesh': None}
+        """
+        mesh = self.mesh
+        record: dict[str, Any] = {
+            "mode": self.mode,
+            "lanes": self.lanes,
+            "axis": self.axis if isinstance(self.axis, str) else list(self.axis),
+            "donate": self.donate,
+            "mesh": None if mesh is None else dict(mesh.shape),
+        }
+        if tuning and self.tuning is not None:
+            rows = [row._asdict() for row in self.tuning.rows]
+            record["tuning"] = {**self.tuning._asdict(), "rows": rows}
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Any, mesh: Mesh | None = None) -> "Execution":
+        """The execution that `to_dict` wrote.
+
+        Args:
+          record: what it wrote, maybe read from JSON.
+          mesh: of the devices that are there now, where it was on a mesh; of the same shape.
+
+        Raises:
+          ArgumentError: for another record, or a mesh of another shape.
+
+        Examples:
+          >>> Execution.from_dict(Execution(lanes=4).to_dict()) == Execution(lanes=4)
+          True
+        """
+        known = {"mode", "lanes", "axis", "donate", "mesh", "tuning"}
+        if not isinstance(record, Mapping) or not {"mode", "lanes"} <= record.keys() <= known:
+            raise ArgumentError(
+                f"Expected what Execution.to_dict wrote, with mode and lanes and nothing but "
+                f"{sorted(known)}, got {record!r:.200}."
+            )
+        shape = None if mesh is None else dict(mesh.shape)
+        if record.get("mesh") != shape:
+            raise ArgumentError(
+                f"Expected a mesh of the shape that the record names, {record.get('mesh')}, got "
+                f"{shape}; pass mesh=jax.make_mesh(...) of that shape, or none where it names none."
+            )
+        axis = record.get("axis", "clients")
+        return cls(
+            mode=record["mode"],
+            lanes=record["lanes"],
+            mesh=mesh,
+            axis=tuple(axis) if isinstance(axis, list) else axis,
+            donate=record.get("donate", False),
+            tuning=_read_tuning(record.get("tuning")),
+        )
+
+
+def _read_tuning(record: Any) -> Tuning | None:
+    if record is None:
+        return None
+    try:
+        rows = tuple(TuningRow(**row) for row in record["rows"])
+        return Tuning(**{**record, "rows": rows})
+    except (KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"Expected the measurements that tune made, got {record!r:.200} ({error}); leave out "
+            "'tuning', which changes nothing."
+        ) from error
 
 
 def _is_positive(number: Any) -> bool:

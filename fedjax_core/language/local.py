@@ -10,7 +10,7 @@ import jax
 from jax.core import ShapedArray, Tracer
 from jax.extend import core as jex_core
 
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.errors import FederatedTypeError, noted
 from fedjax_core.language import inference, types
 from fedjax_core.language.checks import check_fits
 from fedjax_core.language.feeding import check_runtime
@@ -112,7 +112,8 @@ def name_of(function: Any) -> str:
 
 
 def _trace(function: Callable[..., Any], args: tuple[Any, ...], name: str) -> tuple[Traced, Type]:
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    with noted(f"JAX was tracing `{name}`, which it does once, with abstract values."):
+        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     _check_captured(jaxpr.consts, name)
     if shapes is None:
         raise FederatedTypeError(

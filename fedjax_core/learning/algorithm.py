@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from fedjax_core.aggregators.base import Aggregator
 from fedjax_core.aggregators.contract import checked
@@ -23,7 +22,7 @@ from fedjax_core.compression.base import Codec
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
-from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
+from fedjax_core.errors import ArgumentError, noted
 from fedjax_core.execution.compiling import compiler_options, jit
 from fedjax_core.execution.computation import Computation, federated_computation
 from fedjax_core.execution.config import HOST_DRIVEN, Execution
@@ -32,6 +31,14 @@ from fedjax_core.language.placements import CLIENTS, SERVER
 from fedjax_core.language.tracing import Value
 from fedjax_core.language.types import FederatedType, SequenceType, TensorType
 from fedjax_core.language.values import Federated
+from fedjax_core.learning.checks import (
+    check_cohort,
+    check_devices,
+    check_key,
+    check_lanes,
+    check_state,
+    select_features,
+)
 from fedjax_core.learning.client_work import ClientWork, injected_hyperparams
 from fedjax_core.learning.communication import Communication, itemise
 from fedjax_core.learning.evaluation import check_examples
@@ -195,13 +202,12 @@ def federated_learning(
     own = computations.for_types(inference.infer_type(expected), remembered, element)
 
     def init(key: jax.Array, num_clients: int | None = None) -> State:
-        _check_key(key)
+        check_key(key)
         check_memory(member, num_clients, execution)
         state, memory = make_state(key)
         return state._replace(clients=stack_memory(memory, num_clients, execution))
 
     def run(state: State, cohort: Cohort) -> tuple[State, Metrics]:
-        compiled.setdefault(_describe_shapes(cohort))
         examples, memory = cohort.sequence(), take_memory(state.clients, cohort, execution)
         element = cast(SequenceType, inference.infer_type(examples)).element
         bare = state._replace(clients=())
@@ -215,6 +221,7 @@ def federated_learning(
         communication = itemise(computation.program, ledger)
         metrics = Metrics(values.train, values.clients, values.aggregator, communication)
         clients = put_memory(state.clients, cohort, values.memory, execution)
+        compiled.setdefault(_describe_shapes(cohort))
         return values.state._replace(clients=clients), metrics
 
     is_host_driven = execution.mode in HOST_DRIVEN
@@ -224,19 +231,30 @@ def federated_learning(
 
     @functools.wraps(run)
     def update(state: State, cohort: Cohort) -> tuple[State, Metrics]:
-        _check_state(expected, state)
-        cohort = _select_features(model, cohort)
-        _check_cohort(model, cohort)
+        check_state(expected, state)
+        cohort = select_features(model, cohort)
+        check_cohort(model, cohort)
         check_remembered(member, state.clients, cohort)
+        check_devices(state, cohort.examples, execution)
+        check_lanes(expected.params, cohort.num_clients, execution)
         return run_round(place_state(state, execution), cohort)
 
-    run_many = make_many_by_host(run) if is_host_driven else make_many(run, options)
+    def run_one_of_many(state: State, cohort: Cohort) -> tuple[State, Metrics]:
+        check_lanes(expected.params, cohort.num_clients, execution)
+        return run(state, cohort)
+
+    run_many = (
+        make_many_by_host(run_one_of_many)
+        if is_host_driven
+        else make_many(run_one_of_many, options)
+    )
 
     def prepare(state: State, dataset: Any) -> tuple[State, Source]:
-        _check_state(expected, state)
+        check_state(expected, state)
         source = source_of(dataset, model.input_spec)
         check_examples(model, source.dataset.examples, where="run: the dataset's examples")
         check_remembered(member, state.clients, source.dataset)
+        check_devices(state, source.examples, execution)
         return jax.tree.map(jnp.copy, place_state(state, execution)), source
 
     def with_execution(execution: Execution) -> Algorithm:
@@ -270,32 +288,13 @@ def _check_parts(parts: Parts, execution: Execution) -> None:
             raise ArgumentError(f"Expected {name} to be of type {kind.__name__}, got {value!r}.")
 
 
-def _check_key(key: Any) -> None:
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape:
-        raise ArgumentError(f"Expected one key, as jax.random.key(0) makes it, got {key!r}.")
-
-
-def _check_state(expected: State, state: Any) -> None:
-    """Raises unless `state` has the leaves of `expected`; its key may be of any generator."""
-    if not isinstance(state, State):
-        raise FederatedTypeError(
-            f"Expected the state that init returned, got {type(state).__name__}."
-        )
-    wanted = expected._replace(key=state.key, clients=state.clients)
-    found = inference.difference(wanted, state)
-    if found:
-        raise FederatedTypeError(
-            f"The state does not fit: {found}; it has to come from the init of the same algorithm."
-        )
-
-
 def _initializer(parts: Parts) -> Callable[[jax.Array], tuple[State, Memory]]:
     """The function from a key to the state, and to what one client remembers at first."""
     model, client_work, aggregator, server_optimizer, _ = parts
 
     def init(key: jax.Array) -> tuple[State, Memory]:
-        params = jax.tree.map(_strong, model.init(jax.random.fold_in(key, 0)))
+        with noted("In the model's `init`."):
+            params = jax.tree.map(_strong, model.init(jax.random.fold_in(key, 0)))
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         aggregator_state, aggregator_memory = aggregator.init(template)
         work_state, work_memory = client_work.init(params)
@@ -358,39 +357,3 @@ class _ComputationCache:
             return federated_computation(federated_round, *parameters)
         remembering.__name__ = federated_round.__name__
         return federated_computation(remembering, *parameters, FederatedType(memory, CLIENTS))
-
-
-def _select_features(model: Model, cohort: Cohort) -> Cohort:
-    """The cohort with only the features that the model takes."""
-    if not isinstance(cohort, Cohort):
-        raise FederatedTypeError(
-            f"Expected a Cohort, as dataset.cohort(ids) makes it, got {type(cohort).__name__}."
-        )
-    known = {name: x for name, x in cohort.examples.items() if name in model.input_spec}
-    if len(known) == len(cohort.examples):
-        return cohort
-    return dataclasses.replace(cohort, examples=known)
-
-
-def _check_cohort(model: Model, cohort: Cohort) -> None:
-    """Checks names, shapes, dtypes and, where they are concrete, labels."""
-    try:
-        check_examples(model, cohort.examples, where="update: the cohort's examples")
-    except DataError as error:
-        raise _naming_client(error, model, cohort) from None
-
-
-def _naming_client(error: DataError, model: Model, cohort: Cohort) -> DataError:
-    labels = cohort.examples.get(model.label_key)
-    if labels is None or model.num_classes is None or isinstance(labels, Tracer):
-        return error
-    labels = np.asarray(labels)
-    bad = np.flatnonzero((labels < 0) | (labels >= model.num_classes))
-    if not len(bad):
-        return error
-    start, length = np.asarray(cohort.start), np.asarray(cohort.length)
-    client = int(np.argmax((start <= bad[0]) & (bad[0] < start + length)))
-    return DataError(
-        f"{error} The row belongs to client {client} of the cohort, number "
-        f"{int(np.asarray(cohort.index)[client])} of the dataset."
-    )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedjax_core.errors import ArgumentError
+from fedjax_core.errors import ArgumentError, noted
 from fedjax_core.language.values import Sequence
 from fedjax_core.learning.batching import num_batches, shuffle, take_batch
 from fedjax_core.learning.metrics import Mean, Sum
@@ -179,13 +179,12 @@ def train_locally(
 @functools.lru_cache(maxsize=64)
 def _gradient_of(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient of a model's training loss by its variables, with stats and buffers."""
-    return jax.jit(
-        jax.grad(
-            lambda key, variables, batch, mask: loss(key, variables, batch, mask, True),
-            argnums=1,
-            has_aux=True,
-        )
-    )
+
+    def training_loss(key: jax.Array, variables: Any, batch: Any, mask: jax.Array) -> Any:
+        with noted("In the model's `loss`."):
+            return loss(key, variables, batch, mask, True)
+
+    return jax.jit(jax.grad(training_loss, argnums=1, has_aux=True))
 
 
 def _weigher(weighting: Weighting) -> Callable[[Stats], jax.Array]:

@@ -36,7 +36,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
         interrupted.set()
         # Past Python's buffers, which the interrupted code may be writing to at this moment.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nfinishing the round in progress; Ctrl-C again stops at once\n")
+            os.write(2, b"\nfinishing what is in progress; Ctrl-C again stops at once\n")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or previous is not signal.default_int_handler:

@@ -9,7 +9,7 @@ of its own, so a run is a function of the initial state and the sampler.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.splits import Splits
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import ArgumentError, FederatedTypeError, noted
 from fedjax_core.learning.algorithm import Algorithm, State
 from fedjax_core.learning.history import History, Numbers, RoundRecord, flat_numbers
 from fedjax_core.learning.interrupts import deferred_interrupt
@@ -86,7 +86,7 @@ def train(
             stack.callback(writer.close)
         while len(records) < num_rounds and not stop.is_set():
             number, done = first + len(records), len(records) + 1
-            with _naming_the_round(number):
+            with noted(f"This happened in round {number}."):
                 cohort = dataset.cohort(sampler(number))
                 state, record = _run_round(algorithm, state, cohort, number, records)
                 if evaluation and _is_due(done, num_rounds, evaluate_every):
@@ -126,15 +126,6 @@ def _check_source(dataset: Any, sampler: Any) -> None:
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise ArgumentError(f"expected `{name}` to be an integer of at least 0, got {value!r}.")
-
-
-@contextlib.contextmanager
-def _naming_the_round(number: int) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"This happened in round {number}.")
-        raise
 
 
 def _is_due(rounds_done: int, num_rounds: int, every: int) -> bool:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedjax_core.datasets.cohort import (
     Cohort,
@@ -24,9 +26,10 @@ from fedjax_core.datasets.cohort import (
 )
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
-from fedjax_core.errors import ArgumentError, FederatedTypeError
+from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError, noted
 from fedjax_core.execution.compiling import jit
 from fedjax_core.learning.interrupts import deferred_interrupt
+from fedjax_core.memory import check_fits
 
 # What the examples of one dispatch may take where they are sent along with it.
 _BYTES_PER_DISPATCH = 1 << 28
@@ -68,7 +71,7 @@ def make_many(
 
         shapes = jax.eval_shape(lambda: update(state, cohort(0)))[1]
         num_rounds = chunk.start.shape[0]
-        start = jax.tree.map(lambda x: jnp.zeros((num_rounds, *x.shape), x.dtype), shapes)
+        start = jax.tree.map(lambda x: _zero_rows(num_rounds, x), shapes)
 
         def one(r: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, rows = carry
@@ -79,6 +82,14 @@ def make_many(
         return lax.fori_loop(0, count, one, (state, start))
 
     return jit(many, options, static_argnames="capacity", donate_argnums=0)
+
+
+def _zero_rows(num_rows: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """``[num_rows, ...]``, on the mesh that `like` is on: with Explicit axes it is in its type."""
+    where = like.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, P(None, *where.spec))
+    return jnp.zeros((num_rows, *like.shape), like.dtype, device=where)
 
 
 def make_many_by_host(
@@ -158,6 +169,7 @@ def run_rounds(
     if size is not None:
         check_whole("rounds_per_dispatch", size, least=1)
     first = int(jax.device_get(state.round))
+    _check_last_round(first, num_rounds)
     draw = _drawer(sampler, source.dataset)
     size = size or _default_size(source, len(draw(first)))
     chunks = _Chunks(source, min(size, next_power_of_two(num_rounds)))
@@ -173,7 +185,8 @@ def run_rounds(
             examples, chunk = chunks.make(drawn)
             state, metrics = many(state, examples, chunk, np.int32(count), source.capacity)
             done.append((metrics, count))
-    return state, _joined(done)
+        # Most of a run is spent here, where the host waits: Ctrl-C must not lose its rounds.
+        return jax.block_until_ready(state), _joined(done)
 
 
 def _joined(done: list[tuple[Any, int]]) -> Any:
@@ -194,7 +207,20 @@ def _drawer(sampler: Any, dataset: FederatedDataset) -> Callable[[int], np.ndarr
         )
     ask: Callable[[int], Any] = sampler
     positions = getattr(sampler, "positions", None)
-    return positions or (lambda number: dataset.positions(ask(number)))
+    if positions is None or not _numbers_alike(getattr(sampler, "dataset", dataset), dataset):
+        positions = lambda number: dataset.positions(ask(number))  # noqa: E731
+    draw: Callable[[int], np.ndarray] = positions
+
+    def drawn(number: int) -> np.ndarray:
+        with noted(f"This happened in round {number}."):
+            return draw(number)
+
+    return drawn
+
+
+def _numbers_alike(one: Any, other: FederatedDataset) -> bool:
+    """Whether a position means the same client in both datasets."""
+    return one is other or getattr(one, "client_ids", None) == other.client_ids
 
 
 def _default_size(source: Source, clients_per_round: int) -> int:
@@ -238,12 +264,26 @@ class _Chunks:
     def _packed(self, chunk: Chunk) -> tuple[dict[str, Any], Chunk]:
         """The rows of all clients of the chunk, one client after the other."""
         length = chunk.length.reshape(-1)
+        num_rows = max(self._num_rows, next_power_of_two(int(length.sum(dtype=np.int64))))
+        if num_rows > self._num_rows:
+            self._check_rows(num_rows)
+        self._num_rows = num_rows
         rows = slice_rows(chunk.start.reshape(-1), length)
-        self._num_rows = max(self._num_rows, next_power_of_two(len(rows)))
         start = (np.cumsum(length, dtype=np.int64) - length).reshape(chunk.start.shape)
         examples = self._source.examples
         pool = {name: gather_rows(x, rows, self._num_rows) for name, x in examples.items()}
         return pool, _as_int32(chunk._replace(start=start))
+
+    def _check_rows(self, num_rows: int) -> None:
+        """Raises for more examples than a dispatch can be sent."""
+        remedy = "use fewer rounds_per_dispatch, or fewer clients a round"
+        if num_rows > 2**31:
+            raise DataError(
+                f"run: expected at most 2**31 examples in a dispatch, got {num_rows:,}; {remedy}."
+            )
+        num_bytes = num_rows * bytes_per_row(self._source.examples)
+        what = f"run: the {num_rows:,} examples of a dispatch of {self._num_rounds} rounds"
+        check_fits(num_bytes, what, remedy, on_host=True)
 
     def _stacked(self, rows: list[np.ndarray]) -> np.ndarray:
         """``[rounds, ...]``, padded with zeros."""
@@ -261,6 +301,15 @@ class _Chunks:
 
 def _as_int32(chunk: Chunk) -> Chunk:
     return chunk._replace(start=chunk.start.astype(np.int32))
+
+
+def _check_last_round(first: int, num_rounds: int) -> None:
+    last = np.iinfo(np.int32).max
+    if num_rounds > last - first:
+        raise ArgumentError(
+            f"run: expected rounds below number {last:,}, which is what the state can count to, "
+            f"got {num_rounds=} from round {first}; begin with a new state."
+        )
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

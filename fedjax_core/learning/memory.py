@@ -37,14 +37,15 @@ def check_memory(member: Memory, num_clients: Any, execution: Execution) -> None
       ArgumentError: for a number that is missing, or none.
       DeviceMemoryError: naming the number of bytes.
     """
-    if not has_memory(member):
+    if num_clients is None and not has_memory(member):
         return
-    is_int = isinstance(num_clients, int | np.integer) and not isinstance(num_clients, bool)
-    if not is_int or num_clients < 1:
+    if not isinstance(num_clients, int | np.integer) or num_clients < 1 or num_clients is True:
         raise ArgumentError(
-            "Expected the number of clients, each of which remembers something from round to "
+            "Expected the number of clients, each of which may remember something from round to "
             f"round, got {num_clients!r}; call init(key, dataset.num_clients)."
         )
+    if not has_memory(member):
+        return
     leaves = jax.tree.leaves(member)
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     rows = _num_rows(int(num_clients), execution)
@@ -136,6 +137,11 @@ def check_remembered(member: Memory, clients: Any, owner: Any) -> None:
       ArgumentError: for clients that it has no row for.
     """
     if not has_memory(member):
+        if jax.tree.leaves(clients):
+            raise FederatedTypeError(
+                f"Expected a state whose clients remember nothing, got clients={clients!r}; it has "
+                "to come from the init of the same algorithm."
+            )
         return
     rows = jax.tree.leaves(clients)
     num_rows = rows[0].shape[0] if rows and jnp.ndim(rows[0]) else 0

@@ -5,6 +5,7 @@ tune(algorithm, state, cohort)    measures candidates, and returns the fastest a
 """
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from fedjax_core.execution.config import Execution, Tuning, TuningRow
 from fedjax_core.execution.convolutions import convolutions_of
 from fedjax_core.language.program import Program
 from fedjax_core.learning.algorithm import Algorithm
+from fedjax_core.learning.checks import check_columns
 from fedjax_core.learning.rounds import State
 
 _LANES = (1, 4, 16, 64, 256)
@@ -69,9 +71,12 @@ def tune(
     _check(algorithm, cohort)
     if isinstance(num_repeats, bool) or not isinstance(num_repeats, int) or num_repeats < 1:
         raise ArgumentError(f"tune: expected num_repeats of at least 1, got {num_repeats!r}.")
-    given = _candidates(algorithm.execution, cohort) if candidates is None else list(candidates)
-    if not given or not all(isinstance(candidate, Execution) for candidate in given):
-        raise ArgumentError(f"tune: expected executions as candidates, got {candidates!r}.")
+    given = _candidates(algorithm.execution, cohort) if candidates is None else candidates
+    is_list = isinstance(given, list | tuple) and len(given) > 0
+    if not is_list or not all(isinstance(candidate, Execution) for candidate in given):
+        raise ArgumentError(
+            f"tune: expected executions as candidates, got {candidates!r}; pass a list of them."
+        )
     trials = [_Trial(algorithm, candidate) for candidate in given]
     for trial in trials:
         trial.warm_up(state, cohort)
@@ -83,7 +88,7 @@ def tune(
     if not running:
         failures = "; ".join(f"{row.mode}, lanes {row.lanes}: {row.failure}" for row in rows)
         raise ArgumentError(f"tune: expected a candidate that runs, but {failures}.")
-    device = jax.devices()[0]
+    device = algorithm.execution.device
     tuning = Tuning(device.platform, device.device_kind, jax.__version__, cohort.num_clients, rows)
     best = given[min(running)[1]]
     return dataclasses.replace(best, donate=algorithm.execution.donate, tuning=tuning)
@@ -152,7 +157,7 @@ def explain(algorithm: Algorithm, cohort: Cohort) -> str:
     num_waves = -(-len(lengths) // (choice.lanes * execution.num_shards))
     needed, executed = examples_executed(lengths, choice.lanes, execution.num_shards)
     padding = executed / needed if needed else 1.0
-    device = jax.devices()[0] if execution.mesh is None else execution.mesh.devices.flat[0]
+    device = execution.device
     rows = [
         ("device", f"{execution.num_shards} x {device.platform} ({device.device_kind})"),
         ("jax", jax.__version__),
@@ -162,6 +167,7 @@ def explain(algorithm: Algorithm, cohort: Cohort) -> str:
         ("examples", f"{needed:,} needed, {executed:,} executed (padding x{padding:.2f})"),
         ("convolutions", _convolutions(algorithm.computation.program, device.platform)),
         ("compiled", "; ".join(algorithm.compiled()) or "nothing yet"),
+        ("to repeat", json.dumps(execution.resolved(cohort.num_clients).to_dict(tuning=False))),
     ]
     lines = [f"{name:<13} {text}" for name, text in rows]
     return "\n".join([*lines, *([str(execution.tuning)] if execution.tuning else [])])
@@ -211,3 +217,10 @@ def _check(algorithm: Any, cohort: Any) -> None:
                 f"expected an {Algorithm.__name__} and a {Cohort.__name__}, got {value!r} for a "
                 f"{kind.__name__}."
             )
+    check_columns(cohort)
+    num_shards = algorithm.execution.num_shards
+    if cohort.pools not in (1, num_shards):
+        raise ArgumentError(
+            f"expected a cohort for {num_shards} devices, got one that was spread over "
+            f"{cohort.pools}; spread it for the execution that the algorithm has."
+        )

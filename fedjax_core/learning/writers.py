@@ -17,7 +17,8 @@ from fedjax_core.files import unwritable
 from fedjax_core.learning.history import RoundRecord
 
 JSON_LINES_NAME = "rounds.jsonl"
-_OWN_PATTERNS = ("events.out.tfevents.*", JSON_LINES_NAME)
+EXECUTION_NAME = "execution.json"
+_OWN_PATTERNS = ("events.out.tfevents.*", JSON_LINES_NAME, EXECUTION_NAME)
 
 
 class Writer(NamedTuple):
@@ -38,7 +39,7 @@ def log_folder(folder: str | pathlib.Path, *, overwrite: bool = False) -> pathli
     Args:
       folder: where the logs go.
       overwrite: whether to remove the logs of an earlier run. Only files that `tensorboard` and
-        `json_lines` wrote are removed, never anything else.
+        `json_lines` wrote, and `execution.json`, are removed, never anything else.
 
     Returns:
       The folder, which exists now.

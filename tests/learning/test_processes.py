@@ -1,20 +1,25 @@
 """Several devices and several processes: the same round as on one device."""
 
+import functools
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fedjax_core as fc
 from fedjax_core import datasets, models
 from fedjax_core.aggregators import mean
-from fedjax_core.compression import uniform_quantize
+from fedjax_core.compression import Keys, Symbols, uniform_quantize
 from fedjax_core.datasets import spread
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 
@@ -35,10 +40,9 @@ def make_dataset():
     )
 
 
-def make_algorithm(execution=fc.Execution(), codec=None):  # noqa: B008 - frozen
-    model = models.linear()
+def make_algorithm(execution=fc.Execution(), codec=None, model=None):  # noqa: B008 - frozen
     return fc.algorithms.fed_avg(
-        model,
+        model or models.linear(),
         client_optimizer=optax.sgd(0.1),
         batch_size=4,
         aggregator=mean(codec=codec),
@@ -50,10 +54,137 @@ def flat(params):
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(params)])
 
 
-def one_round(execution=fc.Execution(), codec=None, cohort=None):  # noqa: B008 - frozen
-    algorithm = make_algorithm(execution, codec)
-    state = algorithm.init(jax.random.key(0))
+def one_round(execution=fc.Execution(), cohort=None, **parts):  # noqa: B008 - frozen
+    algorithm = make_algorithm(execution, **parts)
+    state = algorithm.init(jax.random.key(0), len(CLIENTS))
     return algorithm.update(state, cohort or make_dataset().cohort(CLIENTS))
+
+
+@functools.cache
+def plain_round(size=7):
+    """The round of the first clients on one device."""
+    return one_round(cohort=make_dataset().cohort(CLIENTS[:size]))
+
+
+# What the clients send, symbol by symbol.
+
+
+class Sent(NamedTuple):
+    """What a quantised round sent, and what it made of that: NumPy arrays by tensor.
+
+    Attributes:
+      codes: of each tensor, ``[clients, ...]``; symbols, zeros of a client that sent none.
+      step: the distance of two levels of each tensor, ``[clients]``.
+      params: after the round.
+    """
+
+    codes: list[np.ndarray]
+    step: list[np.ndarray]
+    params: list[np.ndarray]
+
+
+def remembering(codec):
+    """The codec, whose senders remember the message that they sent: so the state shows it."""
+
+    def message(value):
+        keys = Keys(jax.random.key(0), jax.random.key(0))
+        return codec.encode(keys, (), (), value)[1]
+
+    def init(template):
+        return (), jax.tree.map(jnp.zeros_like, jax.eval_shape(message, template))
+
+    def encode(keys, memory, hints, value):
+        sent = codec.encode(keys, (), hints, value)[1]
+        return sent, sent
+
+    return codec._replace(init=init, encode=encode)
+
+
+def quantised_round(execution=fc.Execution(), cohort=None, model=None):  # noqa: B008 - frozen
+    codec = remembering(uniform_quantize(8, min_size=1000))
+    state, metrics = one_round(execution, cohort, codec=codec, model=model)
+    assert int(metrics.clients["num_participants"]) == 6
+    sent = state.clients.aggregator
+    if execution.mesh is not None:  # each process has its own rows only
+        everywhere = NamedSharding(execution.mesh, P())
+        sent = jax.jit(lambda x: x, out_shardings=everywhere)(sent)
+    rows = jax.tree.map(lambda x: np.asarray(x)[: len(CLIENTS)], sent)
+    is_symbols = lambda x: isinstance(x, Symbols)  # noqa: E731
+    pairs = zip(jax.tree.leaves(rows.payload, is_leaf=is_symbols), rows.side, strict=True)
+    quantised = [(x.codes, (side[:, 1] - side[:, 0]) / 255) for x, side in pairs if is_symbols(x)]
+    codes, step = map(list, zip(*quantised, strict=True))
+    return Sent(codes, step, list(map(np.asarray, jax.tree.leaves(state.params))))
+
+
+def check_sent(found, expected):
+    """At most 1e-4 of the symbols differ, and a parameter by no more than its symbols make it."""
+    pairs = list(zip(found.codes, expected.codes, strict=True))
+    flipped = sum(int((x != y).sum()) for x, y in pairs)
+    assert flipped <= 1e-4 * sum(x.size for x in found.codes)
+    levels = [np.abs(x.astype(np.int64) - y) for x, y in pairs]
+    # The value was multiplied by its weight before it was quantised: a level of a client moves the
+    # mean by its step divided by the weight of all.
+    bounds = [
+        np.tensordot(step, level, axes=1) / sum(SIZES)
+        for step, level in zip(expected.step, levels, strict=True)
+    ]
+    by_shape = {bound.shape: bound for bound in bounds}  # that of a tensor that went raw is zero
+    for x, y in zip(found.params, expected.params, strict=True):
+        assert np.all(np.abs(x - y) <= by_shape.get(x.shape, 0) + 1e-5)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return quantised_round()
+
+
+def test_what_is_compared_are_the_symbols(on_one_device):
+    """All that six clients send, one not at all; what the bound forgives, and what it does not."""
+    (codes,), (step,), params = on_one_device
+    assert codes.shape == (7, 784, 10)
+    assert [int(np.ptp(row)) for row in codes] == [255, 255, 0, 255, 255, 255, 255]
+    kernel = [x.shape for x in params].index(codes.shape[1:])
+    at = tuple(np.argwhere(codes[3] < 255)[0])
+    others, moved = codes.copy(), [x.copy() for x in params]
+    others[(3, *at)] += 1
+    moved[kernel][at] += step[3] / sum(SIZES)
+    check_sent(Sent([others], [step], moved), on_one_device)
+    with pytest.raises(AssertionError):  # no symbol of this parameter differs
+        check_sent(Sent([codes], [step], moved), on_one_device)
+    moved[kernel][at] += step[3] / sum(SIZES)
+    with pytest.raises(AssertionError):
+        check_sent(Sent([others], [step], moved), on_one_device)
+    others.reshape(-1)[::5_000] ^= 1
+    with pytest.raises(AssertionError):  # 2e-4 of the symbols
+        check_sent(Sent([others], [step], params), on_one_device)
+
+
+@pytest.mark.parametrize(("lanes", "is_spread"), [(1, False), (2, True)])
+def test_symbols_on_four_devices(on_one_device, lanes, is_spread):
+    execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)), lanes=lanes)
+    cohort = make_dataset().cohort(CLIENTS)
+    found = quantised_round(execution, spread(cohort, execution) if is_spread else cohort)
+    check_sent(found, on_one_device)
+
+
+@pytest.mark.slow
+def test_symbols_of_a_network_on_four_devices():
+    """196,800 symbols of each client, where the order of a summation may flip some."""
+    execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)), lanes=2)
+    found, expected = (
+        quantised_round(e, model=models.two_nn()) for e in (execution, fc.Execution())
+    )
+    assert sum(x.size for x in found.codes) == 7 * (196_800 + 2_000)
+    check_sent(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_fewer_clients_than_devices_and_a_number_they_do_not_divide(size):
+    cohort = make_dataset().cohort(CLIENTS[:size])
+    expected, _ = plain_round(size)
+    found, metrics = one_round(fc.Execution(mesh=jax.make_mesh((4,), ("clients",))), cohort)
+    assert int(metrics.clients["num_clients"]) == size
+    np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
@@ -65,7 +196,7 @@ def test_a_cohort_that_is_spread(kind, lanes):
     assert cohort.num_clients == 8
     assert cohort.pools == 4
     assert len(cohort.examples["image"].sharding.device_set) == 4
-    expected, theirs = one_round()
+    expected, theirs = plain_round()
     found, ours = one_round(execution, cohort=cohort)
     np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
     assert int(ours.clients["num_clients"]) == int(theirs.clients["num_clients"]) == 7
@@ -107,17 +238,17 @@ import test_processes as shared
 
 import fedjax_core as fc
 from fedjax_core.datasets import spread
-from fedjax_core.compression import uniform_quantize
 
-mesh = jax.make_mesh((4,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+mesh = jax.make_mesh((4,), ("clients",))
 execution = fc.Execution(mesh=mesh)
 dataset = shared.make_dataset()
-own = shared.CLIENTS[:5] if rank == 0 else shared.CLIENTS[5:]
-for name, codec in (("raw", None), ("quantised", uniform_quantize(8))):
-    cohort = spread(dataset.cohort(own), execution)
-    state, metrics = shared.one_round(execution, codec, cohort)
-    assert int(metrics.clients["num_clients"]) == 7, metrics.clients
-    np.save(f"{folder}/{name}_{rank}.npy", shared.flat(state.params))
+cohort = spread(dataset.cohort(shared.CLIENTS[:5] if rank == 0 else shared.CLIENTS[5:]), execution)
+state, metrics = shared.one_round(execution, cohort)
+assert int(metrics.clients["num_clients"]) == 7, metrics.clients
+np.savez(f"{folder}/raw_{rank}.npz", shared.flat(state.params))
+sent = shared.quantised_round(execution, cohort)
+for name, arrays in sent._asdict().items():
+    np.savez(f"{folder}/{name}_{rank}.npz", *arrays)
 """
 
 
@@ -127,7 +258,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_of_two_devices(tmp_path):
+def test_two_processes_of_two_devices(tmp_path, on_one_device):
     """As one device with the data of all, each process with the data of its own clients."""
     here = pathlib.Path(__file__).parent
     flags = "--xla_force_host_platform_device_count=2"
@@ -145,12 +276,14 @@ def test_two_processes_of_two_devices(tmp_path):
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    expected, _ = one_round()
-    for params in (np.load(tmp_path / f"raw_{rank}.npy") for rank in (0, 1)):
+    expected, _ = plain_round()
+    for rank in (0, 1):
+        (params,) = arrays_in(tmp_path / f"raw_{rank}.npz")
         np.testing.assert_allclose(params, flat(expected.params), atol=1e-5)
-    # Flipped symbols: few parameters differ, and by no more than the step of the quantiser.
-    expected, _ = one_round(codec=uniform_quantize(8))
-    for params in (np.load(tmp_path / f"quantised_{rank}.npy") for rank in (0, 1)):
-        difference = np.abs(params - flat(expected.params))
-        assert (difference > 1e-5).mean() <= 1e-3
-        assert difference.max() < 0.1
+        sent = Sent(*(arrays_in(tmp_path / f"{name}_{rank}.npz") for name in Sent._fields))
+        check_sent(sent, on_one_device)
+
+
+def arrays_in(path):
+    with np.load(path) as file:
+        return [file[name] for name in file.files]
