@@ -8,6 +8,9 @@ from jax import lax
 
 from fedjax_core.language.values import Sequence
 
+# The configuration's attributes are unknown to type checkers.
+_PARTITIONABLE = "jax_threefry_partitionable"
+
 
 def num_batches(examples: Sequence, batch_size: int) -> jax.Array:
     """``ceil(length / batch_size)``, an int32 scalar; 0 for an empty sequence."""
@@ -58,7 +61,7 @@ def _shuffle_prefix(key: jax.Array, examples: Sequence, size: int) -> jax.Array:
 def _bits_by_position(key: jax.Array, size: int) -> jax.Array:
     """Random uint32 `[size]`, each depending on the key and its position alone."""
     is_threefry = str(jax.random.key_impl(key)) == "threefry2x32"
-    if is_threefry and jax.config.jax_threefry_partitionable:  # one draw has this property then
+    if is_threefry and getattr(jax.config, _PARTITIONABLE):  # one draw has this property then
         return jax.random.bits(key, (size,))
     positions = jnp.arange(size, dtype=jnp.uint32)
     return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i)))(positions)
