@@ -34,6 +34,20 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short_table(results: dict[str, Any]) -> str:
+    """A line a workload in Markdown: our seconds a round, and how many times that peers take."""
+    peers = ("fedjax", "pytorch", "pfl")
+    lines = ["| workload | s a round | FedJAX | PyTorch | pfl-research |", f"|{' --- |' * 5}"]
+    for name, workload in results["workloads"].items():
+        rows, best = workload["rows"], workload.get("best", {})
+        if "ours" not in best:
+            continue
+        ours = format(rows[best["ours"]]["seconds_per_round"], ".4f")
+        times = [f"{rows[best[peer]]['ratio']:.2f}x" if peer in best else "" for peer in peers]
+        lines.append(f"| {' | '.join([name, ours, *times])} |")
+    return "\n".join(lines)
+
+
 def _line(workload: str, label: str, row: Row, is_best: bool) -> str:
     label = f"**{label}**" if is_best else label
     for reason in ("skipped", "error"):

@@ -152,12 +152,14 @@ class Run:
 
         Returns:
           The state after the last round, and the metrics of all rounds: NumPy arrays with a leading
-          axis of rounds.
+          axis of rounds. After Ctrl-C these are as many as ``state.round`` has gone on.
 
         Raises:
           FederatedTypeError: a state, a dataset or a sampler that is none.
-          ArgumentError: a number of rounds below 0, or of rounds in a dispatch below 1.
+          ArgumentError: a number of rounds below 0, or of rounds in a dispatch below 1; a state
+            that was given away, or examples on devices that the round does not run on.
           DataError: examples that do not fit the model.
+          DeviceMemoryError: the examples of a dispatch, or the copies of the model, do not fit.
         """
         state, source = self.prepare(state, dataset)
         return run_rounds(self.many, state, source, sampler, num_rounds, rounds_per_dispatch)

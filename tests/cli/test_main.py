@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 from fedjax_core import datasets, models
 from fedjax_core.algorithms import fed_avg
-from fedjax_core.cli import training
+from fedjax_core.cli import options, training
 from fedjax_core.cli.demo import comparison_table
 from fedjax_core.cli.main import main
 from fedjax_core.learning import checkpoints
@@ -217,6 +218,73 @@ def test_control_c_leaves_valid_files_and_says_where_they_are(tmp_path):
     assert process.wait(timeout=60) == 130
     assert seen[-1] == f"interrupted; logs are in {tmp_path}\n"
     assert len(rows(tmp_path)) == sum(line.startswith("round ") for line in seen)
+
+
+def test_a_state_that_control_c_left_goes_on_with_the_same_bits(tmp_path):
+    """The state and the rounds of an interrupted run, against a run that had time for more."""
+    program = "import sys; from fedjax_core.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    words = ["train", "--model", "linear", "--num-clients", "5", "--clients-per-round", "3"]
+    files = ["--log-dir", str(tmp_path / "part"), "--save", str(tmp_path / "state")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words, *files, "--rounds", "100000"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round  1"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    done = len(rows(tmp_path / "part"))
+    settings = options.Train(log_dir=tmp_path, model="linear", num_clients=5, clients_per_round=3)
+    splits = training.load_splits("digits", settings, num_clients=5)
+    experiment = training.make_experiment(models.linear(), splits, None, settings)
+    algorithm, sampler = experiment.algorithm, experiment.sampler
+    first = algorithm.init(jax.random.key(0))
+    state = checkpoints.load(tmp_path / "state", first)
+    assert int(state.round) == done
+    state, _ = algorithm.run(state, splits.train, sampler, num_rounds=2)
+    whole, metrics = algorithm.run(first, splits.train, sampler, num_rounds=done + 2)
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)
+    logged = [row["loss"] for row in rows(tmp_path / "part")]
+    np.testing.assert_array_equal(logged, metrics.train["loss"][:done])
+
+
+def test_a_run_that_was_tuned_is_repeated_with_the_same_bits(tmp_path, capsys):
+    """What was measured and chosen lies beside the logs, and another run is given it."""
+    assert train(tmp_path / "a", "--tune") == 0
+    assert "ms a round" in capsys.readouterr().out
+    path = tmp_path / "a" / "execution.json"
+    record = json.loads(path.read_text())
+    assert record["lanes"] in (1, 3)
+    assert record["tuning"]["num_clients"] == 3
+    assert train(tmp_path / "b", "--execution", str(path)) == 0
+    assert json.loads((tmp_path / "b" / "execution.json").read_text()) == record
+    first, second = ([row | {"seconds": 0} for row in rows(tmp_path / name)] for name in "ab")
+    assert first == second
+
+
+def test_without_a_choice_what_is_automatic_is_written(tmp_path):
+    assert train(tmp_path) == 0
+    record = json.loads((tmp_path / "execution.json").read_text())
+    assert (record["mode"], record["lanes"]) == ("streamed", 1)
+    assert train(tmp_path, "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "check the path"), ("{", "check the path"), ("{}", "Execution.to_dict")],
+)
+def test_a_file_that_holds_no_execution(tmp_path, capsys, content, words):
+    path = tmp_path / "execution.json"
+    if content is not None:
+        path.write_text(content)
+    assert train(tmp_path / "logs", "--execution", str(path)) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+    assert train(tmp_path / "logs", "--execution", str(path), "--tune") == 2
+    assert "got both" in capsys.readouterr().err
 
 
 def test_the_table_shows_the_last_numbers():

@@ -612,6 +612,22 @@ def test_rounds_of_fed_avg(mesh):
         assert bits[0] == bits[1]
 
 
+@auto_or_explicit
+@pytest.mark.parametrize("bits", [None, 8], ids=["raw", "8 bit"])
+@pytest.mark.parametrize("is_spread", [False, True], ids=["whole", "spread"])
+def test_a_round_trip_of_fed_avg_is_one_all_reduce(mesh, bits, is_spread):
+    """Whatever travels and wherever the examples are; many rounds are a loop around the same."""
+    data, execution = image_like(6), on_mesh(mesh)
+    codec = None if bits is None else fc.compression.uniform_quantize(bits, min_size=0)
+    algorithm = fed_avg(execution=execution, aggregator=fc.aggregators.mean(codec=codec))
+    cohort = data.cohort(data.client_ids)
+    if is_spread:
+        cohort = fc.datasets.spread(cohort, execution)
+    state = replicate(algorithm.init(jax.random.key(0)), execution)
+    compiled = jax.jit(algorithm.update).lower(state, cohort).compile()
+    assert kinds_of(compiled) == {"all-reduce": 1}
+
+
 def is_bits(x: Any) -> bool:
     return isinstance(x, BitCount)
 

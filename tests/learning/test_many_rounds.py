@@ -93,6 +93,43 @@ def test_a_run_goes_on_where_the_state_is(dataset, plain):
     assert int(state.round) == 0  # still usable
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_many_rounds_on_a_mesh(dataset, plain, kind):
+    """Four devices, cohorts of five: as on one, for a resident dataset and one of the host."""
+    mesh = jax.make_mesh((4,), ("clients",), axis_types=(kind,))
+    algorithm = make(execution=fc.Execution(mesh=mesh))
+    sampler = sampling.uniform(dataset, 5, seed=3)
+    state = plain[1]
+    expected, theirs = make().run(state, dataset, sampler, num_rounds=3)
+    for source in (dataset, dataset.on_device()):
+        found, ours = algorithm.run(state, source, sampler, num_rounds=3, rounds_per_dispatch=2)
+        for x, y in zip(*map(jax.tree.leaves, (found.params, expected.params)), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+        np.testing.assert_array_equal(ours.train["num_examples"], theirs.train["num_examples"])
+    # What comes from a mesh goes on without one.
+    again, _ = make().run(found, dataset, sampler, num_rounds=2)
+    assert int(again.round) == 5
+
+
+def test_a_sampler_of_another_dataset_is_asked_for_ids(dataset, plain):
+    """Positions there are other clients here."""
+    algorithm, state, _ = plain
+    turned = dataset.select(dataset.client_ids[::-1])
+    sampler = sampling.uniform(turned, 4, seed=3)
+    expected = one_by_one(algorithm, state, dataset, sampler, 2)
+    check_same_bits(algorithm.run(state, dataset, sampler, num_rounds=2), expected)
+    foreign = datasets.from_clients({"x": dataset.client("client 0")})
+    with pytest.raises(DataError, match="no client 'x'"):
+        algorithm.run(state, dataset, sampling.uniform(foreign, 1), num_rounds=1)
+
+
+def test_rounds_that_the_state_cannot_count(dataset, plain):
+    algorithm, state, _ = plain
+    late = state._replace(round=jax.numpy.int32(2**31 - 2))
+    with pytest.raises(ArgumentError, match=r"below number 2,147,483,647.*from round 2147483646"):
+        algorithm.run(late, dataset, sampling.uniform(dataset, 2), num_rounds=2)
+
+
 def test_cohorts_of_different_sizes(dataset):
     algorithm = make()
     sampler = lambda r: [f"client {k}" for k in range(1 + r % 3)]  # noqa: E731

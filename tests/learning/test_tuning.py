@@ -1,6 +1,6 @@
 """What `explain` says and what `tune` chooses."""
 
-import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -45,6 +45,8 @@ def test_explain_says_what_runs_and_why(cohort):
     assert "14 needed, 20 executed (padding x1.43)" in text  # 2 x 9 + 2 x 1
     assert "convolutions  none" in text
     assert "compiled      nothing yet" in text
+    record = json.loads(text.splitlines()[-1].removeprefix("to repeat     "))
+    assert fc.Execution.from_dict(record) == fc.Execution(mode="streamed", lanes=2)
 
 
 def test_explain_counts_convolutions_and_programs(cohort):
@@ -73,7 +75,9 @@ def test_tune_returns_a_candidate_with_its_measurements(cohort):
     tuned = algorithm.with_execution(best)
     assert "measured by tune" in fc.explain(tuned, cohort)
     assert "ms a round" in fc.explain(tuned, cohort)
-    chosen = dataclasses.replace(best, tuning=None)
+    # Written to a file and read again, in another process on another day: the same bits.
+    chosen = fc.Execution.from_dict(json.loads(json.dumps(best.to_dict())))
+    assert chosen == best
     same, _ = algorithm.with_execution(chosen).update(state, cohort)
     ours, _ = tuned.update(state, cohort)
     jax.tree.map(np.testing.assert_array_equal, ours.params, same.params)
@@ -108,6 +112,8 @@ def test_misuse_is_named(cohort):
         fc.tune(algorithm, state, cohort, num_repeats=0)
     with pytest.raises(ArgumentError, match="executions as candidates"):
         fc.tune(algorithm, state, cohort, candidates=[])
+    with pytest.raises(ArgumentError, match="pass a list"):
+        fc.tune(algorithm, state, cohort, candidates=fc.Execution())
     with pytest.raises(FederatedTypeError, match="Cohort"):
         fc.explain(algorithm, {"image": 1})
 
