@@ -1,6 +1,7 @@
 """The README's code runs, and what it says was printed is printed."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -53,19 +54,31 @@ def test_readme_code_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     assert signs.strip() == fc.format_bits(10 * (bits + 8 * 32 + 32 + 200)) == "15.87Mibit"
 
 
-def test_table_of_the_readme_is_that_of_the_benchmark(monkeypatch):
-    """The figures in the README are those of the committed run."""
-    import importlib.util
-
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script that is run
-    path = ROOT / "benchmarks" / "mnist_fedavg.py"
-    spec = importlib.util.spec_from_file_location("mnist_fedavg", path)
+def module_of(name: str, monkeypatch):
+    """A benchmark as a module, whose neighbours it finds as it does as a script."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = json.loads((ROOT / "benchmarks" / "results" / "mnist_fedavg.json").read_text())
-    assert output_block("mnist_fedavg") == module.table(results["results"])
+    return module
+
+
+def results_of(name: str):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_tables_of_the_readme_are_those_of_the_benchmarks(monkeypatch):
+    """The figures in the README are those of the committed runs."""
+    accuracy = module_of("mnist_fedavg", monkeypatch)
+    assert output_block("mnist_fedavg") == accuracy.table(results_of("mnist_fedavg")["results"])
+    report = module_of("peers/report", monkeypatch)
+    for name in ("rounds_jax010", "rounds_jax012"):
+        assert output_block(name) == report.short_table(results_of(name))
+    simulation = module_of("simulation", monkeypatch)
+    assert output_block("simulation") == simulation.table(results_of("simulation"))
 
 
 def test_links_of_the_readme_lead_somewhere():
