@@ -292,7 +292,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peer-python", default=sys.executable, help="makes the environments of the peers")
     default = pathlib.Path("~/.cache/fedjax-core/peers").expanduser()
     add("--environments", type=pathlib.Path, default=default, help="folder of the environments")
-    default = pathlib.Path(__file__).parent / "results" / "rounds.json"
+    version = "{}{:02}".format(*jax.__version_info__[:2])
+    default = pathlib.Path(__file__).parent / "results" / f"rounds_jax{version}.json"
     add("--output", type=pathlib.Path, help=f"JSON file to write: {default}, none if quick")
     args = parser.parse_args(arguments)
     args.workloads = args.workloads or (["linear_100"] if args.quick else list(WORKLOADS))

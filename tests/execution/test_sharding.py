@@ -616,7 +616,7 @@ def test_rounds_of_fed_avg(mesh):
 @pytest.mark.parametrize("bits", [None, 8], ids=["raw", "8 bit"])
 @pytest.mark.parametrize("is_spread", [False, True], ids=["whole", "spread"])
 def test_a_round_trip_of_fed_avg_is_one_all_reduce(mesh, bits, is_spread):
-    """Whatever travels and wherever the examples are; many rounds are a loop around the same."""
+    """Whatever travels and wherever the examples are."""
     data, execution = image_like(6), on_mesh(mesh)
     codec = None if bits is None else fc.compression.uniform_quantize(bits, min_size=0)
     algorithm = fed_avg(execution=execution, aggregator=fc.aggregators.mean(codec=codec))
