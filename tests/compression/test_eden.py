@@ -14,15 +14,22 @@ LOSSES = {1: 0.363380, 2: 0.117482, 3: 0.034548, 4: 0.009501}
 @pytest.mark.parametrize("name", ["normal", "laplace", "student"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_error_of_any_source(bits, name, lost, source):
-    """Reference case 22, within its 3 %: over four standard errors."""
-    x, loss = source(name, 2**17), LOSSES[bits]
-    assert lost(eden(bits), x) == pytest.approx(loss / (1 - loss), rel=0.03)
-    assert lost(eden(bits, scale="mmse"), x) == pytest.approx(loss, rel=0.03)
+    """Reference case 22, within its 3 %: over four standard errors.
+
+    In one block, because a Student source has elements that stand out of a block of 4,096 even
+    after the rotation, and are sent better than a Gaussian's.
+    """
+    x, loss, block = source(name, 2**17), LOSSES[bits], 2**17
+    assert lost(eden(bits, block=block), x) == pytest.approx(loss / (1 - loss), rel=0.03)
+    assert lost(eden(bits, block=block, scale="mmse"), x) == pytest.approx(loss, rel=0.03)
 
 
 def test_padding_takes_its_share_of_the_error(lost, source):
-    """Reference case 22: what falls on the padding is dropped."""
-    size, padded = 40_000, 2**16
+    """Reference case 22, at its filling of 79 %: the error that falls on the padding is dropped.
+
+    At a filling near one half all of it stays, because both halves of the rotated block are equal.
+    """
+    size, padded = 51_981, 2**16
     expected = (np.pi / 2 - 1) * size / padded
     assert lost(drive(block=padded), source("normal", size)) == pytest.approx(expected, rel=0.03)
 
@@ -41,7 +48,9 @@ def test_unbiased_scale_keeps_the_projection(bits, block, source, round_trip):
 def test_one_hot_is_exact_and_zero_stays_zero(size, round_trip):
     """Reference case 23."""
     value = jnp.zeros(size).at[size // 2].set(-7.0)
-    np.testing.assert_allclose(round_trip(drive(min_size=0), value), value, atol=1e-5)
+    # Sums of thousands of equal terms in float32 are right to four digits.
+    decoded = round_trip(drive(min_size=0), value)
+    np.testing.assert_allclose(decoded, value, rtol=1e-4, atol=1e-5)
     assert not jnp.any(round_trip(drive(min_size=0), jnp.zeros(size)))
 
 
