@@ -13,6 +13,7 @@ else:
     from fedjax_core.compression.base import Keys as Keys
     from fedjax_core.compression.base import Message as Message
     from fedjax_core.compression.base import Report as Report
+    from fedjax_core.compression.base import Rotated as Rotated
     from fedjax_core.compression.base import Survivors as Survivors
     from fedjax_core.compression.base import Traits as Traits
     from fedjax_core.compression.base import from_bytes as from_bytes
@@ -20,11 +21,23 @@ else:
     from fedjax_core.compression.base import keep_total as keep_total
     from fedjax_core.compression.base import stateless as stateless
     from fedjax_core.compression.base import to_bytes as to_bytes
+    from fedjax_core.compression.bounded import bounded_support as bounded_support
+    from fedjax_core.compression.casts import bfloat16 as bfloat16
+    from fedjax_core.compression.casts import float8 as float8
     from fedjax_core.compression.chain import chain as chain
+    from fedjax_core.compression.eden import drive as drive
+    from fedjax_core.compression.eden import eden as eden
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
+    from fedjax_core.compression.hadamard import hadamard_rotation as hadamard_rotation
+    from fedjax_core.compression.qsgd import qsgd as qsgd
+    from fedjax_core.compression.sampled import rand_k as rand_k
+    from fedjax_core.compression.signs import scaled_sign as scaled_sign
     from fedjax_core.compression.sparse import top_k as top_k
+    from fedjax_core.compression.ternary import sparse_ternary as sparse_ternary
+    from fedjax_core.compression.ternary import tern_grad as tern_grad
+    from fedjax_core.compression.uniform import tff_8bit as tff_8bit
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize
     from fedjax_core.compression.wire import Positions as Positions
     from fedjax_core.compression.wire import Symbols as Symbols

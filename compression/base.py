@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import wire
@@ -69,10 +70,11 @@ class Report(NamedTuple):
 class Traits(NamedTuple):
     """What holds for every value, so that a composition can be checked.
 
-    With Q(x) the reconstruction of x:
+    Rounding errors of floats aside, and numbers below the smallest normal one, which devices may
+    take for zero. With Q(x) the reconstruction of x:
 
     Attributes:
-      unbiased: E Q(x) = x over the sender's key.
+      unbiased: E Q(x) = x over the keys.
       contractive: E |Q(x) - x|^2 <= (1 - d) |x|^2 with some d > 0 (what error feedback needs).
       linear: encoding is linear and the messages of all senders may be summed before they are
         decoded; such a codec sends no side information.
@@ -81,12 +83,12 @@ class Traits(NamedTuple):
       needs_seed: the receiver needs the sender's own key to decode.
     """
 
-    unbiased: bool
-    contractive: bool
-    linear: bool
-    summable: bool
-    exact_bits: bool
-    needs_seed: bool
+    unbiased: bool = False
+    contractive: bool = False
+    linear: bool = False
+    summable: bool = False
+    exact_bits: bool = True
+    needs_seed: bool = False
 
 
 class Codec(NamedTuple):
@@ -141,6 +143,28 @@ class Survivors:
         return math.prod(self.shape)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotated:
+    """A tensor in other coordinates, in blocks.
+
+    Attributes:
+      values: ``[blocks, block]``, with the zeros that fill up the last block; a later stage of a
+        chain encodes them.
+      shape: static, the shape of the tensor.
+      dtype: static, the dtype of the tensor.
+    """
+
+    values: Any
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the tensor, without filling."""
+        return math.prod(self.shape)
+
+
 def stateless(
     name: str,
     traits: Traits,
@@ -192,14 +216,7 @@ def identity() -> Codec:
       >>> int(codec.bits(message))
       320
     """
-    traits = Traits(
-        unbiased=True,
-        contractive=True,
-        linear=True,
-        summable=True,
-        exact_bits=True,
-        needs_seed=False,
-    )
+    traits = Traits(unbiased=True, contractive=True, linear=True, summable=True)
     return stateless(
         "identity()",
         traits,

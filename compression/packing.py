@@ -1,8 +1,17 @@
-"""Dense packing of unsigned integers on the host: `width` bits each, the lowest bit first.
+"""Packing of unsigned integers on the host, the first one lowest.
 
-Element i occupies bits ``i * width`` to ``(i + 1) * width - 1``, where bit j is bit ``j % 8`` of
-byte ``j // 8``.
+| packing | element i occupies | bytes of n elements |
+|---|---|---|
+| dense | bits ``i * width`` to ``(i + 1) * width - 1`` | ceil(n * width / 8) |
+| trits | digit ``i % 5``, in base 3, of byte ``i // 5`` | ceil(n / 5) |
+| words | as dense, in a stream cut into 28 bits for each 32-bit word | 4 ceil(n * width / 28) |
+
+Bit j of a stream is bit ``j % 8`` of byte ``j // 8``; words are little-endian, their upper four
+bits zero. They are what TFF sends; nothing else should.
 """
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -10,6 +19,24 @@ from fedjax_core.errors import CodecError
 
 # Numbers handled at once, so that the array of single bits stays small: a multiple of 8.
 _CHUNK = 1 << 20
+_TRIT_VALUES = np.array([1, 3, 9, 27, 81], np.uint8)
+_WORD_BITS = 28
+
+PackingName = Literal["dense", "trits", "words"]
+
+
+class Packing(NamedTuple):
+    """A way to write integers.
+
+    Attributes:
+      num_bytes: ``(count, width) -> int``, the exact number of bytes.
+      pack: ``(codes, width) -> bytes``.
+      unpack: ``(data, count, width) -> codes``.
+    """
+
+    num_bytes: Callable[[int, int], int]
+    pack: Callable[[np.ndarray, int], bytes]
+    unpack: Callable[[bytes, int, int], np.ndarray]
 
 
 def pack_bits(codes: np.ndarray, width: int) -> bytes:
@@ -70,6 +97,111 @@ def unpack_bits(data: bytes, count: int, width: int) -> np.ndarray:
         chunk = data[index * stride : (index + 1) * stride]
         codes[start:end] = _unpack_chunk(chunk, end - start, width)
     return codes
+
+
+def pack_trits(codes: np.ndarray) -> bytes:
+    """Packs numbers below 3 into ``ceil(codes.size / 5)`` bytes, the last one filled with zeros.
+
+    Args:
+      codes: integers in ``[0, 3)``, any shape, read in C order.
+
+    Returns:
+      The bytes.
+
+    Raises:
+      CodecError: a number is none of 0, 1 and 2.
+
+    Example:
+      >>> pack_trits(np.array([2, 0, 1, 0, 0, 1])).hex()
+      '0b01'
+    """
+    flat = np.ravel(codes)
+    if flat.size and not 0 <= flat.min() <= flat.max() <= 2:
+        raise CodecError(
+            f"expected integers in [0, 3), got a range of [{flat.min()}, {flat.max()}]; "
+            "the message was not made by its codec."
+        )
+    padded = np.zeros((-(-flat.size // 5), 5), np.uint8)
+    padded.reshape(-1)[: flat.size] = flat
+    return (padded @ _TRIT_VALUES).tobytes()
+
+
+def unpack_trits(data: bytes, count: int) -> np.ndarray:
+    """The numbers that `pack_trits` packed.
+
+    Args:
+      data: exactly ``ceil(count / 5)`` bytes.
+      count: how many numbers.
+
+    Returns:
+      uint8 ``[count]``.
+
+    Raises:
+      CodecError: a byte is above 242, or the numbers that fill up the last byte are not zero.
+    """
+    packed = np.frombuffer(data, np.uint8)
+    codes = np.ravel(packed[:, None] // _TRIT_VALUES[None] % 3)
+    if np.any(packed > 242) or np.any(codes[count:]):
+        raise CodecError(
+            "expected five numbers below 3 in each byte, zeros behind the last one; "
+            "the bytes were altered, or belong to another message."
+        )
+    return codes[:count]
+
+
+def pack_words(codes: np.ndarray, width: int) -> bytes:
+    """Packs integers into ``ceil(codes.size * width / 28)`` words of 32 bits, 28 of them used.
+
+    Args:
+      codes: integers in ``[0, 2**width)``, any shape, read in C order.
+      width: bits of each, 0 to 32.
+
+    Returns:
+      The bytes.
+
+    Raises:
+      CodecError: an integer does not fit.
+    """
+    num_words = -(-np.size(codes) * width // _WORD_BITS)
+    stream = pack_bits(codes, width).ljust(-(-num_words * _WORD_BITS // 8), b"\0")
+    return unpack_bits(stream, num_words, _WORD_BITS).astype("<u4").tobytes()
+
+
+def unpack_words(data: bytes, count: int, width: int) -> np.ndarray:
+    """The integers that `pack_words` packed.
+
+    Args:
+      data: exactly ``4 * ceil(count * width / 28)`` bytes.
+      count: how many integers.
+      width: bits of each, 0 to 32.
+
+    Returns:
+      uint32 ``[count]`` (uint8 and uint16 for widths 8 and 16).
+
+    Raises:
+      CodecError: a bit that is not used is not zero.
+    """
+    stream = pack_bits(np.frombuffer(data, "<u4"), _WORD_BITS)
+    size = -(-count * width // 8)
+    if any(stream[size:]):
+        raise CodecError(
+            "expected the bits behind the last element to be zero; "
+            "the bytes were altered, or belong to another message."
+        )
+    return unpack_bits(stream[:size], count, width)
+
+
+PACKINGS: dict[PackingName, Packing] = {
+    "dense": Packing(lambda count, width: -(-count * width // 8), pack_bits, unpack_bits),
+    "trits": Packing(
+        lambda count, width: -(-count // 5),
+        lambda codes, width: pack_trits(codes),
+        lambda data, count, width: unpack_trits(data, count),
+    ),
+    "words": Packing(
+        lambda count, width: 4 * -(-count * width // _WORD_BITS), pack_words, unpack_words
+    ),
+}
 
 
 def _pack_chunk(codes: np.ndarray, width: int) -> bytes:

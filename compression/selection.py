@@ -1,8 +1,8 @@
 """Which tensors a lossy codec touches: the floating ones with more than `min_size` elements.
 
 Small tensors (biases, scales) hold few bits and much meaning, so they travel as they are: the rule
-of the TFF research tutorial. Sizes are judged on the original tensor, also behind a sparsifying
-stage.
+of the TFF research tutorial. Sizes are judged on the original tensor, also behind a stage that
+sparsifies or rotates.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import wire
-from fedjax_core.compression.base import Message, Survivors
+from fedjax_core.compression.base import Message, Rotated, Survivors
 from fedjax_core.errors import CodecError
 
 
@@ -37,7 +37,7 @@ def encode_large(
     """Encodes the large floating tensors of `value`, and leaves the others as they are.
 
     Args:
-      value: pytree of arrays, perhaps with `Survivors` of an earlier stage.
+      value: pytree of arrays, perhaps with `Survivors` or `Rotated` of an earlier stage.
       min_size: tensors with strictly more elements are encoded.
       encode_tensor: ``(leaf_index, tensor) -> (encoded, side)``.
 
@@ -52,42 +52,98 @@ def encode_large(
     wire.check_tensors(value)
     tensors, structure = jax.tree.flatten(value, is_leaf=_is_symbols)
     payload, side = [], []
-    for index, (tensor, size) in enumerate(zip(tensors, _original_sizes(value), strict=True)):
-        is_large = size > min_size and _is_floating(tensor)
+    for index, (tensor, is_large) in enumerate(
+        zip(tensors, _are_large(value, min_size), strict=True)
+    ):
         encoded, extra = encode_tensor(index, jnp.asarray(tensor)) if is_large else (tensor, None)
         payload.append(encoded)
         side.append(extra)
     return Message(jax.tree.unflatten(structure, payload), tuple(side))
 
 
+def large_tensors(value: Any, min_size: int) -> list[jax.Array]:
+    """The tensors that `encode_large` encodes, in its order."""
+    tensors = jax.tree.leaves(value, is_leaf=_is_symbols)
+    are_large = _are_large(value, min_size)
+    return [jnp.asarray(x) for x, is_large in zip(tensors, are_large, strict=True) if is_large]
+
+
 def decode_large(
     message: Message,
-    is_encoded: Callable[[Any], bool],
-    decode_tensor: Callable[[Any, Any], jax.Array],
+    kind: type,
+    decode_tensor: Callable[[int, Any, Any], jax.Array],
 ) -> Any:
     """Decodes what `encode_large` encoded.
 
     Args:
       message: the message of `encode_large`.
-      is_encoded: whether a node of the payload may be what `encode_tensor` made.
-      decode_tensor: ``(encoded, side) -> tensor``.
+      kind: the type of what `encode_tensor` made.
+      decode_tensor: ``(leaf_index, encoded, side) -> tensor``.
 
     Returns:
       The value.
     """
-    nodes, structure = jax.tree.flatten(
-        message.payload, is_leaf=lambda node: is_encoded(node) or _is_symbols(node)
-    )
+    nodes, structure = _flatten_to(kind, message.payload)
     value = [
         # What was read from bytes is NumPy's, whose arithmetic may round differently.
-        node if side is None else decode_tensor(*jax.tree.map(jnp.asarray, (node, side)))
-        for node, side in zip(nodes, message.side, strict=True)
+        node if side is None else decode_tensor(index, *jax.tree.map(jnp.asarray, (node, side)))
+        for index, (node, side) in enumerate(zip(nodes, message.side, strict=True))
     ]
     return jax.tree.unflatten(structure, value)
 
 
+def decode_linear(
+    payload: Any,
+    min_size: int,
+    kind: type,
+    decode_tensor: Callable[[int, Any], jax.Array],
+) -> Any:
+    """Decodes the payload of `encode_large`, or a sum of payloads, where there is no side.
+
+    Args:
+      payload: of a message, or summed.
+      min_size: of the encoder.
+      kind: the type of what `encode_tensor` made.
+      decode_tensor: ``(leaf_index, encoded) -> tensor``.
+
+    Returns:
+      The value.
+    """
+    nodes, structure = _flatten_to(kind, payload)
+    # An earlier stage may have made nodes of the same kind from tensors that this one left alone.
+    sizes = _original_sizes(payload)
+    value = [
+        decode_tensor(index, jax.tree.map(jnp.asarray, node))
+        if size > min_size and isinstance(node, kind)
+        else node
+        for index, (node, size) in enumerate(zip(nodes, sizes, strict=True))
+    ]
+    return jax.tree.unflatten(structure, value)
+
+
+def _flatten_to(kind: type, payload: Any) -> tuple[list[Any], Any]:
+    """The tensors of a payload, whole where the last stage that makes nodes of `kind` made one."""
+
+    def holds(tree: Any) -> bool:
+        inner = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+        return any(isinstance(node, kind) for node in inner)
+
+    def is_innermost(node: Any) -> bool:
+        is_last = isinstance(node, kind) and not holds(getattr(node, "values", ()))
+        return is_last or _is_symbols(node)
+
+    return jax.tree.flatten(payload, is_leaf=is_innermost)
+
+
 def _is_symbols(node: Any) -> bool:
     return isinstance(node, wire.Symbols)
+
+
+def _are_large(value: Any, min_size: int) -> list[bool]:
+    """For each tensor, whether a codec touches it."""
+    tensors = jax.tree.leaves(value, is_leaf=_is_symbols)
+    sizes = _original_sizes(value)
+    return [size > min_size and _is_floating(x) for x, size in zip(tensors, sizes, strict=True)]
 
 
 def _is_floating(tensor: Any) -> bool:
@@ -95,6 +151,7 @@ def _is_floating(tensor: Any) -> bool:
 
 
 def _original_sizes(value: Any) -> list[int]:
-    """For each tensor, the elements of the tensor it was before any sparsifying stage."""
-    nodes = jax.tree.leaves(value, is_leaf=lambda node: isinstance(node, Survivors | wire.Symbols))
+    """For each tensor, the elements of the tensor it was before any stage."""
+    kinds = Survivors | Rotated | wire.Symbols
+    nodes = jax.tree.leaves(value, is_leaf=lambda node: isinstance(node, kinds))
     return [node.codes.size if _is_symbols(node) else node.size for node in nodes]

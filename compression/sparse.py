@@ -53,7 +53,7 @@ def top_k(fraction: float, *, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [0.0, -4.0, 2.0, 0.0]
     """
-    exact, threshold = _check_fraction(fraction), check_min_size(min_size)
+    exact, threshold = check_fraction(fraction), check_min_size(min_size)
 
     def encode_tensor(index: int, tensor: jax.Array) -> tuple[Survivors, Positions]:
         del index
@@ -67,17 +67,9 @@ def top_k(fraction: float, *, min_size: int = 20_000) -> Codec:
 
     def decode(keys: Keys, message: Message) -> Any:
         del keys
-        return decode_large(message, _is_innermost, _scatter)
+        return decode_large(message, Survivors, _scatter)
 
-    traits = Traits(
-        unbiased=False,
-        contractive=True,
-        linear=False,
-        summable=False,
-        exact_bits=True,
-        needs_seed=False,
-    )
-    return stateless(f"top_k({fraction})", traits, encode, decode)
+    return stateless(f"top_k({fraction})", Traits(contractive=True), encode, decode)
 
 
 def largest_positions(flat: jax.Array, count: int) -> jax.Array:
@@ -95,9 +87,21 @@ def largest_positions(flat: jax.Array, count: int) -> jax.Array:
     Returns:
       int32 ``[count]``, increasing; among equal magnitudes the lower positions.
     """
-    width = 8 * flat.dtype.itemsize
-    magnitude = jax.lax.bitcast_convert_type(jnp.abs(flat), jnp.dtype(f"uint{width}"))
-    smallest = _smallest_kept(magnitude, count, width)
+    unsigned = jnp.dtype(f"uint{8 * flat.dtype.itemsize}")
+    return positions_of_largest(jax.lax.bitcast_convert_type(jnp.abs(flat), unsigned), count)
+
+
+def positions_of_largest(magnitude: jax.Array, count: int) -> jax.Array:
+    """The positions of the `count` largest integers.
+
+    Args:
+      magnitude: unsigned ``[n]``, the upper bit of each zero.
+      count: how many, 1 to n.
+
+    Returns:
+      int32 ``[count]``, increasing; among equal integers the lower positions.
+    """
+    smallest = _smallest_kept(magnitude, count, 8 * magnitude.dtype.itemsize)
     above, equal = magnitude > smallest, magnitude == smallest
     wanted = count - jnp.sum(above, dtype=jnp.int32)
     kept = above | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= wanted))
@@ -118,20 +122,24 @@ def _smallest_kept(magnitude: jax.Array, count: int, width: int) -> jax.Array:
     return jax.lax.fori_loop(0, width - 1, set_bit, jnp.zeros((), magnitude.dtype))
 
 
-def _is_innermost(node: Any) -> bool:
-    """Whether a node holds the survivors of the last sparsifying stage, not of an earlier one."""
-    return isinstance(node, Survivors) and not isinstance(node.values, Survivors)
+def _scatter(index: int, survivors: Survivors, positions: Positions) -> jax.Array:
+    del index
+    return scatter(survivors, positions.indices)
 
 
-def _scatter(survivors: Survivors, positions: Positions) -> jax.Array:
+def scatter(survivors: Survivors, indices: jax.Array) -> jax.Array:
+    """The sparse tensor with its survivors at the increasing positions `indices`."""
     flat = jnp.zeros(survivors.size, survivors.values.dtype)
-    placed = flat.at[positions.indices].set(
-        survivors.values, indices_are_sorted=True, unique_indices=True
-    )
+    placed = flat.at[indices].set(survivors.values, indices_are_sorted=True, unique_indices=True)
     return placed.reshape(survivors.shape)
 
 
-def _check_fraction(fraction: float) -> Fraction:
+def check_fraction(fraction: float) -> Fraction:
+    """`fraction` exactly, as the decimal number it prints as.
+
+    Raises:
+      CodecError: it is no number in (0, 1].
+    """
     is_number = isinstance(fraction, Real) and not isinstance(fraction, bool)
     # NaN fails the comparison.
     if not is_number or not 0 < fraction <= 1:

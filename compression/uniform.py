@@ -1,54 +1,91 @@
-"""Uniform quantisation between the minimum and the maximum of each tensor.
+"""Uniform quantisation between a minimum and a maximum.
 
     step = (max - min) / (2**bits - 1)
-    q(x) = floor((x - min) / step + u),   u uniform in [0, 1)       (stochastic: E Q(x) = x)
-    Q(x) = min + step * q(x)
+
+| rounding | q(x), with p = (x - min) / step | Q(x) | mean square error |
+|---|---|---|---|
+| stochastic | floor(p + u), u uniform in [0, 1) | min + step q | step^2 f (1 - f), f = frac(p) |
+| nearest | round(p) | min + step q | at most step^2 / 4 |
+| dither | round(p - u), u uniform in [-1/2, 1/2) | min + step (q + u) | step^2 / 12 for every x |
 
 The rule of TFF's `quantize_above_threshold` (tensors above a threshold, the others raw), but with
-symbols packed densely, where TFF put 28 bits into each 32-bit word.
+symbols packed densely, where TFF put 28 bits into each 32-bit word; `tff_8bit` does so too.
 
 References:
   Suresh, Yu, Kumar, McMahan. Distributed mean estimation with limited communication. ICML 2017,
   arXiv:1611.00429 (stochastic k-level quantisation).
+
+  Roberts. Picture coding using pseudo-random noise. IRE Transactions on Information Theory 8(2),
+  1962 (subtractive dither).
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.numerics import finite, round_stochastically, wide
+from fedjax_core.compression.packing import PackingName
+from fedjax_core.compression.selection import (
+    check_min_size,
+    decode_large,
+    encode_large,
+    large_tensors,
+)
 from fedjax_core.compression.wire import Symbols
 from fedjax_core.errors import CodecError
 
 _MAX_BITS = 16
+_MIN_SIZE = 20_000
+
+Rounding = Literal["stochastic", "nearest", "dither"]
+Range = Literal["min_max", "common"]
 
 
-def uniform_quantize(bits: int = 8, *, min_size: int = 20_000, stochastic: bool = True) -> Codec:
-    """Quantises each large floating tensor to ``2**bits`` levels from its minimum to its maximum.
+def uniform_quantize(
+    bits: int = 8,
+    *,
+    min_size: int = _MIN_SIZE,
+    rounding: Rounding = "stochastic",
+    range: Range = "min_max",
+    stochastic: bool = True,
+) -> Codec:
+    """Quantises large floating tensors to ``2**bits`` levels from a minimum to a maximum.
 
-    A symbol takes `bits` bits, and a tensor 64 more for its range (128 if float64). Its minimum,
-    its maximum and every value that lies on a level of an exactly representable grid come back
+    A symbol takes `bits` bits, and a range 64 more (128 if float64). But for dither, the minimum,
+    the maximum and every value that lies on a level of an exactly representable grid come back
     unchanged.
+
+    With dither, the error is uniform within half a step and independent of the value, also for
+    zeros, which do not stay zeros. The receiver needs u again. It is drawn from the sender's key,
+    which is the round's key folded with the sender's id. The receiver knows both: it drew the
+    round's key (which the way down counts), and it has to know whose message it decodes. So no
+    seed travels, and none is counted; a receiver that must not learn who sent a message, as behind
+    a secure sum, cannot decode it. That is what the trait `needs_seed` says.
 
     Args:
       bits: bits a symbol, 1 to 16.
       min_size: tensors with strictly more elements are quantised, the others and all integers
         travel raw. Behind a sparsifying stage the size of the original tensor counts.
-      stochastic: round up with the probability of the remainder, by the sender's key, so that the
-        reconstruction is unbiased; otherwise round to the nearest level, halves to the even one.
+      rounding: ``"stochastic"``: up with the probability of the remainder, by the sender's key, so
+        that the reconstruction is unbiased. ``"nearest"``: to the nearest level, halves to the even
+        one. ``"dither"``: subtractive dither, unbiased too.
+      range: ``"min_max"`` of each tensor, or one ``"common"`` to all large tensors of the message.
+      stochastic: False is the same as ``rounding="nearest"``.
 
     Returns:
-      The codec. A tensor that holds a NaN or an infinity decodes to non-finite values everywhere.
+      The codec. A tensor that holds a NaN or an infinity decodes to non-finite values everywhere,
+      and so do all tensors that share its range.
 
     Raises:
-      CodecError: `bits` or `min_size` is out of range; a leaf to encode is not an array.
+      CodecError: an argument is out of range; a leaf to encode is not an array.
 
     Note:
-      The probability of rounding up is exact to 2**-32. Arithmetic is in float32 (float64 for
-      float64), so a float16 or bfloat16 result is rounded once more.
+      The probability of rounding up is exact to 2**-32, u a multiple of 2**-24. Arithmetic is in
+      float32 (float64 for float64), so a float16 or bfloat16 result is rounded once more.
 
     Example:
       >>> codec = uniform_quantize(1, min_size=0)
@@ -57,29 +94,132 @@ def uniform_quantize(bits: int = 8, *, min_size: int = 20_000, stochastic: bool 
       >>> codec.decode(keys, (), message).tolist()
       [0.0, 2.0, 2.0]
     """
-    width, threshold = _check_bits(bits), check_min_size(min_size)
+    rounding = _check_rounding(rounding, stochastic)
+    if range not in ("min_max", "common"):
+        raise CodecError(f'expected range to be "min_max" or "common", got {range!r}.')
+    grid = _Grid(_check_bits(bits), rounding, "dense")
+    shown = "" if rounding == "stochastic" else f", rounding={rounding}"
+    shown += "" if range == "min_max" else f", range={range}"
+    name = f"uniform_quantize(bits={grid.width}{shown})"
+    return _quantizer(name, grid, check_min_size(min_size), range)
 
+
+def tff_8bit() -> Codec:
+    """The codec of TFF's tutorial on compression, bit for bit in its cost.
+
+    Tensors of more than 20,000 elements are quantised stochastically to 8 bits between their
+    minimum and their maximum. Of every 32-bit word 28 bits are used, so an element costs 9.14 bits:
+    the 1,663,370 parameters of the FedAvg CNN take 15,357,536 bits. `uniform_quantize` does the
+    same in 13,464,000; take this one for comparisons only.
+
+    Returns:
+      The codec.
+
+    Example:
+      >>> keys = Keys(jax.random.key(0), jax.random.key(1))
+      >>> codec = tff_8bit()
+      >>> _, message = codec.encode(keys, (), (), jnp.ones(28_000))
+      >>> int(codec.bits(message))
+      256064
+
+    References:
+      TensorFlow Federated, "TFF for federated learning research: model and update compression".
+    """
+    return _quantizer("tff_8bit()", _Grid(8, "stochastic", "words"), _MIN_SIZE, "min_max")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """``2**width`` levels, how values are rounded to them, and how they are written."""
+
+    width: int
+    rounding: Rounding
+    packing: PackingName
+
+    @property
+    def last(self) -> int:
+        """The number of the highest level."""
+        return 2**self.width - 1
+
+    def quantize(self, tensor: jax.Array, bounds: jax.Array, key: jax.Array) -> Symbols:
+        """The symbols of one tensor."""
+        # The bounds of several tensors may be wider than this one.
+        x, low, high = tensor.astype(bounds.dtype), bounds[0], bounds[1]
+        half_step = self._half_step(bounds)
+        position = finite((0.5 * x - 0.5 * low) / jnp.where(half_step > 0, half_step, 1))
+        codes = jnp.clip(self._round(key, position), 0, self.last)
+        if self.rounding != "dither":
+            # The division may miss the last level by an ulp; the maximum must be exact.
+            codes = jnp.where(x >= high, self.last, codes)
+        dtype = jnp.uint8 if self.width <= 8 else jnp.uint16
+        return Symbols(codes.astype(dtype), self.width, np.dtype(tensor.dtype), self.packing)
+
+    def dequantize(self, symbols: Symbols, bounds: jax.Array, key: jax.Array) -> jax.Array:
+        """The reconstruction of one tensor."""
+        low, high = bounds[0], bounds[1]
+        level = symbols.codes.astype(bounds.dtype)
+        if self.rounding == "dither":
+            level = level + _dither(key, level)
+        value = 2 * (0.5 * low + level * self._half_step(bounds))
+        if self.rounding != "dither":
+            value = jnp.where(symbols.codes == self.last, high, value)
+        return value.astype(symbols.dtype)
+
+    def _round(self, key: jax.Array, position: jax.Array) -> jax.Array:
+        if self.rounding == "stochastic":
+            return round_stochastically(key, position)
+        if self.rounding == "dither":
+            return jnp.round(position - _dither(key, position))
+        return jnp.round(position)
+
+    def _half_step(self, bounds: jax.Array) -> jax.Array:
+        """Half of the distance of two levels: a range may overflow where its half does not."""
+        return (0.5 * bounds[1] - 0.5 * bounds[0]) / self.last
+
+
+def _quantizer(name: str, grid: _Grid, min_size: int, range: Range) -> Codec:
     def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-            key = jax.random.fold_in(keys.client, index) if stochastic else None
-            return _quantize(tensor, width, key)
+        tensors = large_tensors(value, min_size) if range == "common" else []
+        common = _bounds(tensors) if tensors else ()
 
-        return encode_large(value, threshold, encode_tensor)
+        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, Any]:
+            key = jax.random.fold_in(keys.client, index)
+            if range == "common":
+                return grid.quantize(tensor, common, key), ()
+            bounds = _bounds([tensor])
+            return grid.quantize(tensor, bounds, key), bounds
+
+        message = encode_large(value, min_size, encode_tensor)
+        return message._replace(side=(common, message.side)) if range == "common" else message
 
     def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, lambda node: isinstance(node, Symbols), _dequantize)
+        common, side = message.side if range == "common" else ((), message.side)
 
-    traits = Traits(
-        unbiased=stochastic,
-        contractive=False,
-        linear=False,
-        summable=False,
-        exact_bits=True,
-        needs_seed=False,
+        def decode_tensor(index: int, symbols: Symbols, bounds: Any) -> jax.Array:
+            own = jnp.asarray(common) if range == "common" else bounds
+            return grid.dequantize(symbols, own, jax.random.fold_in(keys.client, index))
+
+        return decode_large(message._replace(side=side), Symbols, decode_tensor)
+
+    is_dithered = grid.rounding == "dither"
+    traits = Traits(unbiased=grid.rounding != "nearest", needs_seed=is_dithered)
+    return stateless(name, traits, encode, decode)
+
+
+def _bounds(tensors: list[jax.Array]) -> jax.Array:
+    """The minimum and the maximum of all tensors, ``[2]``."""
+    widened = [wide(tensor) for tensor in tensors]
+    low, high = (
+        jnp.stack([end(x).astype(jnp.result_type(*widened)) for x in widened])
+        for end in (jnp.min, jnp.max)
     )
-    rounding = "" if stochastic else ", stochastic=False"
-    return stateless(f"uniform_quantize(bits={width}{rounding})", traits, encode, decode)
+    return jnp.stack([jnp.min(low), jnp.max(high)])
+
+
+def _dither(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Uniform in [-1/2, 1/2), in the shape and dtype of `like`."""
+    draw = jax.random.bits(key, like.shape, jnp.uint32) >> 8
+    return draw.astype(like.dtype) * 2.0**-24 - 0.5
 
 
 def _check_bits(bits: int) -> int:
@@ -89,38 +229,13 @@ def _check_bits(bits: int) -> int:
     return int(bits)
 
 
-def _quantize(tensor: jax.Array, width: int, key: jax.Array | None) -> tuple[Symbols, jax.Array]:
-    """The symbols of one tensor, and its range ``[2]``."""
-    levels = 2**width - 1
-    wide = tensor.astype(jnp.float64 if tensor.dtype == jnp.float64 else jnp.float32)
-    low, high = jnp.min(wide), jnp.max(wide)
-    half_step = _half_step(low, high, levels)
-    position = (0.5 * wide - 0.5 * low) / jnp.where(half_step > 0, half_step, 1)
-    # What NaN becomes as an integer differs between devices.
-    position = jnp.where(jnp.isfinite(position), position, 0)
-    rounded = jnp.round(position) if key is None else _round_stochastically(key, position)
-    # The division may miss the last level by an ulp on either side; the maximum must be exact.
-    codes = jnp.where(wide >= high, levels, jnp.minimum(rounded, levels))
-    dtype = jnp.uint8 if width <= 8 else jnp.uint16
-    return Symbols(codes.astype(dtype), width, np.dtype(tensor.dtype)), jnp.stack([low, high])
-
-
-def _dequantize(symbols: Symbols, bounds: jax.Array) -> jax.Array:
-    levels = 2**symbols.width - 1
-    low, high = bounds[0], bounds[1]
-    codes = symbols.codes.astype(bounds.dtype)
-    inner = 2 * (0.5 * low + codes * _half_step(low, high, levels))
-    return jnp.where(symbols.codes == levels, high, inner).astype(symbols.dtype)
-
-
-def _half_step(low: jax.Array, high: jax.Array, levels: int) -> jax.Array:
-    """Half of the distance between two levels: a range may overflow where its half does not."""
-    return (0.5 * high - 0.5 * low) / levels
-
-
-def _round_stochastically(key: jax.Array, position: jax.Array) -> jax.Array:
-    """``floor(position + u)`` without forming the sum, whose rounding would move exact integers."""
-    floor = jnp.floor(position)
-    remainder = ((position - floor) * 2.0**32).astype(jnp.uint32)
-    draw = jax.random.bits(key, position.shape, jnp.uint32)
-    return floor + (draw < remainder).astype(position.dtype)
+def _check_rounding(rounding: Rounding, stochastic: bool) -> Rounding:
+    if rounding not in ("stochastic", "nearest", "dither"):
+        raise CodecError(
+            f'expected rounding to be "stochastic", "nearest" or "dither", got {rounding!r}.'
+        )
+    if rounding == "dither" and not stochastic:
+        raise CodecError(
+            'expected stochastic to be True with rounding="dither", got False; leave it out.'
+        )
+    return rounding if stochastic else "nearest"

@@ -4,6 +4,7 @@
 |---|---|---|
 | array | its elements, little-endian | size * itemsize |
 | `Symbols` | `width` bits an element, densely | ceil(size * width / 8) |
+| `Symbols` of another packing | see `packing` | see `packing` |
 | `Positions` | a mask, or k indices if shorter | ceil(min(size, k * ceil(log2 size)) / 8) |
 
 Every leaf starts at a byte. Sizes depend on shapes alone, so they are known while tracing. Reading
@@ -18,7 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.packing import pack_bits, unpack_bits
+from fedjax_core.compression.packing import (
+    PACKINGS,
+    Packing,
+    PackingName,
+    pack_bits,
+    unpack_bits,
+)
 from fedjax_core.errors import CodecError
 
 
@@ -31,11 +38,13 @@ class Symbols:
       codes: uint8 or uint16, each below ``2**width``, in the shape of the tensor.
       width: static, bits a symbol.
       dtype: static, the dtype of the tensor that the symbols stand for.
+      packing: static, how the symbols are written.
     """
 
     codes: Any
     width: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    packing: PackingName = dataclasses.field(default="dense", metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -138,7 +147,7 @@ def _is_tensor(leaf: Any) -> bool:
 
 def _leaf_bytes(leaf: Any) -> int:
     if isinstance(leaf, Symbols):
-        return -(-math.prod(leaf.codes.shape) * leaf.width // 8)
+        return _packing(leaf).num_bytes(math.prod(leaf.codes.shape), leaf.width)
     if isinstance(leaf, Positions):
         fixed = math.prod(leaf.indices.shape) * leaf.width
         return -(-min(leaf.size, fixed) // 8)
@@ -147,7 +156,7 @@ def _leaf_bytes(leaf: Any) -> int:
 
 def _write(leaf: Any) -> bytes:
     if isinstance(leaf, Symbols):
-        return pack_bits(np.asarray(leaf.codes), leaf.width)
+        return _packing(leaf).pack(np.asarray(leaf.codes), leaf.width)
     if isinstance(leaf, Positions):
         indices = np.asarray(leaf.indices)
         return (
@@ -159,9 +168,13 @@ def _write(leaf: Any) -> bytes:
     return np.asarray(leaf).tobytes()
 
 
+def _packing(symbols: Symbols) -> Packing:
+    return PACKINGS[symbols.packing]
+
+
 def _read(like: Any, data: bytes) -> Any:
     if isinstance(like, Symbols):
-        codes = unpack_bits(data, math.prod(like.codes.shape), like.width)
+        codes = _packing(like).unpack(data, math.prod(like.codes.shape), like.width)
         codes = codes.astype(like.codes.dtype).reshape(like.codes.shape)
         return dataclasses.replace(like, codes=codes)
     if isinstance(like, Positions):

@@ -264,6 +264,30 @@ def test_codecs_on_the_way_up(make):
     assert int(ledger[edges.index("update")]) == 3 * (4 * 8 + 64)
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [
+        fc.compression.chain(
+            fc.compression.hadamard_rotation(min_size=2),
+            fc.compression.uniform_quantize(16, min_size=2),
+        ),
+        fc.compression.bounded_support(4, min_size=2),
+        fc.compression.rand_k(1.0, min_size=2),
+        fc.compression.uniform_quantize(16, min_size=2, rounding="dither", range="common"),
+        fc.compression.eden(4, min_size=2),
+    ],
+    ids=lambda codec: codec.name,
+)
+def test_codecs_that_rotate_or_need_keys_on_the_way_up(codec):
+    """The server undoes with its own keys what clients did with theirs."""
+    state, compute = as_computation(mean(codec=codec), (np.float32, [64]))
+    values = [np.sin(np.arange(64, dtype=np.float32) + shift) for shift in range(8)]
+    expected = np.mean(values, axis=0)
+    result = compute(state, KEY, values, [1.0] * 8, list(range(8))).value
+    energy = np.mean(np.square(values))
+    assert np.mean((result - expected) ** 2) < 0.02 * energy
+
+
 def test_clients_round_by_their_own_keys():
     """Stochastic rounding depends on a client's id and the round, not on its place in the list."""
     codec = fc.compression.uniform_quantize(1, min_size=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_core.bits import format_bits
-from fedjax_core.compression import Keys, identity, uniform_quantize
+from fedjax_core.compression import Keys, from_bytes, identity, tff_8bit, to_bytes, uniform_quantize
 from fedjax_core.errors import CodecError
 
 # The FedAvg CNN: kernels and biases, 1,663,370 parameters.
@@ -60,6 +60,28 @@ def test_bits_of_the_cnn():
     bits = quantised.bits(message_type(quantised, CNN))
     assert int(bits) == 8 * (51_200 + 1_605_632) + 2 * 64 + 32 * 6_538 == 13_464_000
     assert format_bits(bits.times(10)) == "128.40Mibit"
+
+
+def test_bits_of_tff():
+    """Reference case 2: 28 bits in a word of 32, and real bytes as long."""
+    codec = tff_8bit()
+    bits = int(codec.bits(message_type(codec, CNN)))
+    words = -(-51_200 * 8 // 28) + -(-1_605_632 * 8 // 28)
+    assert bits == 32 * words + 2 * 64 + 32 * 6_538 == 15_357_536
+    assert 53_227_840 / bits == pytest.approx(3.46591, abs=5e-6)
+    assert format_bits(10 * bits) == "146.46Mibit"
+
+
+def test_bytes_of_tff():
+    codec, plain = tff_8bit(), uniform_quantize(8)
+    value = [jax.random.normal(jax.random.key(1), (20_001,)), jnp.arange(5.0)]
+    _, message = codec.encode(keys(), (), (), value)
+    written = to_bytes(codec, message)
+    assert 8 * len(written) == int(codec.bits(message)) == 32 * 5_715 + 64 + 160
+    # The symbols, and so the reconstruction, are those of the dense packing.
+    decoded = codec.decode(keys(), (), from_bytes(codec, written, message))
+    np.testing.assert_array_equal(decoded[0], round_trip(plain, value)[0])
+    np.testing.assert_array_equal(decoded[1], value[1])
 
 
 @pytest.mark.parametrize(("width", "bits"), [(1, 2**15), (3, 3 * 2**15), (16, 2**19)])
@@ -213,6 +235,77 @@ def test_rounding_to_nearest_misses_by_half_a_step():
     decoded = round_trip(uniform_quantize(6, min_size=0, stochastic=False), value)
     half_step = float(value.max() - value.min()) / 63 / 2
     assert float(jnp.abs(decoded - value).max()) <= half_step * 1.0001
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero", "laplace"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_error_of_dither_is_uniform_whatever_the_value(kind, bits):
+    """Reference case 17: variance step^2 / 12, and the whole distribution.
+
+    Five standard errors of the variance; a Kolmogorov-Smirnov distance that uniform errors exceed
+    with probability 1e-6.
+    """
+    count, levels = 100_000, 2**bits - 1
+    rng = np.random.default_rng(bits)
+    laplace = np.clip(rng.laplace(levels / 2, 1, count), 0, levels)
+    rows = {"constant": np.full(count, 2.3), "zero": np.zeros(count), "laplace": laplace}
+    # The ends of the grid are part of the value, so that a step is 1.
+    value = jnp.asarray(np.concatenate([[0.0, levels], rows[kind]]), jnp.float32)
+    codec = uniform_quantize(bits, min_size=0, rounding="dither")
+    assert codec.traits.unbiased
+    assert codec.traits.needs_seed
+    error = np.sort(np.asarray(round_trip(codec, value) - value, np.float64))
+    assert abs(error.var() - 1 / 12) < 5 * np.sqrt((1 / 80 - 1 / 144) / count)
+    ranks = np.arange(len(error)) / len(error)
+    assert np.abs(error + 0.5 - ranks).max() < 2.7 / np.sqrt(count)
+
+
+def test_dither_of_another_sender_gives_another_value():
+    codec, value = uniform_quantize(2, min_size=0, rounding="dither"), jnp.arange(64.0)
+    _, message = codec.encode(keys(1), (), (), value)
+    right, wrong = (codec.decode(keys(seed), (), message) for seed in (1, 2))
+    assert float(jnp.abs(right - value).max()) <= 63 / 3 / 2 * 1.0001
+    assert float(jnp.abs(wrong - value).max()) > 63 / 3 / 2
+
+
+def test_common_range_holds_all_large_tensors():
+    codec = uniform_quantize(2, min_size=2, range="common")
+    value = [jnp.array([0.0, 0.9, 1.1]), jnp.array([3.0, 2.0, 0.1]), jnp.array([50.0, 7.0])]
+    _, message = codec.encode(keys(), (), (), value)
+    # One range, two tensors of three symbols, one raw tensor.
+    assert int(codec.bits(message)) == 64 + 8 + 8 + 64 == 8 * len(to_bytes(codec, message))
+    read = from_bytes(codec, to_bytes(codec, message), message)
+    decoded = codec.decode(keys(), (), read)
+    assert set(decoded[0].tolist()) <= {0.0, 1.0, 2.0}
+    assert decoded[1].tolist()[:2] == [3.0, 2.0]
+    np.testing.assert_array_equal(decoded[2], value[2])
+
+
+def test_common_range_of_nothing_takes_no_bits():
+    codec = uniform_quantize(8, range="common")
+    value = [jnp.arange(3.0)]
+    assert int(codec.bits(message_type(codec, value))) == 96
+    np.testing.assert_array_equal(round_trip(codec, value)[0], value[0])
+
+
+def test_common_range_spreads_what_is_not_finite():
+    codec = uniform_quantize(8, min_size=0, range="common")
+    decoded = round_trip(codec, [jnp.arange(3.0), jnp.array([1.0, jnp.nan])])
+    assert not any(jnp.any(jnp.isfinite(x)) for x in decoded)
+
+
+def test_rounding_to_nearest_has_two_spellings():
+    first = uniform_quantize(4, stochastic=False)
+    assert first.name == uniform_quantize(4, rounding="nearest").name
+    assert not first.traits.unbiased
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounding": "up"}, {"range": "global"}, {"rounding": "dither", "stochastic": False}]
+)
+def test_rounding_and_range_that_are_none_are_refused(wrong):
+    with pytest.raises(CodecError, match="expected"):
+        uniform_quantize(8, **wrong)
 
 
 def test_randomness_depends_on_client_and_leaf_alone():

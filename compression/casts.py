@@ -1,0 +1,120 @@
+"""Casts to shorter floats.
+
+| codec | bits an element | mantissa | scale | mean square error on a Gaussian |
+|---|---|---|---|---|
+| `bfloat16` | 16 | 7 bits | none | 2.8e-6 |
+| `float8` | 8 | 3 bits (e4m3) | the largest magnitude becomes 448 | 7.0e-4 |
+
+References:
+  Micikevicius et al. FP8 formats for deep learning. 2022, arXiv:2209.05433.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.numerics import divisor, wide
+from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.wire import Symbols
+
+
+def bfloat16(*, min_size: int = 20_000) -> Codec:
+    """Sends each large floating tensor as bfloat16, rounded to the nearest, halves to the even.
+
+    Args:
+      min_size: tensors with strictly more elements are cast, the others and all integers travel
+        raw.
+
+    Returns:
+      The codec. Finite elements stay finite: what would round to infinity becomes the largest
+      bfloat16. Infinities and NaN stay what they are.
+
+    Raises:
+      CodecError: `min_size` is out of range; a leaf to encode is not an array.
+
+    Example:
+      >>> codec = bfloat16(min_size=0)
+      >>> keys = Keys(jax.random.key(0), jax.random.key(1))
+      >>> _, message = codec.encode(keys, (), (), jnp.array([1.0, 1.001, -2.5]))
+      >>> codec.decode(keys, (), message).tolist()
+      [1.0, 1.0, -2.5]
+    """
+
+    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, tuple[()]]:
+        del index
+        limit = float(jnp.finfo(jnp.bfloat16).max)
+        x = wide(tensor)
+        kept = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+        codes = jax.lax.bitcast_convert_type(kept.astype(jnp.bfloat16), jnp.uint16)
+        return Symbols(codes, 16, np.dtype(tensor.dtype)), ()
+
+    def decode_tensor(index: int, symbols: Symbols, side: tuple[()]) -> jax.Array:
+        del index, side
+        return jax.lax.bitcast_convert_type(symbols.codes, jnp.bfloat16).astype(symbols.dtype)
+
+    return _cast("bfloat16()", min_size, encode_tensor, decode_tensor)
+
+
+def float8(*, min_size: int = 20_000) -> Codec:
+    """Sends each large floating tensor as float8 (e4m3), its largest magnitude as 448.
+
+    Rounded to the nearest, halves to the even. A tensor takes 32 bits more (64 if float64) for its
+    largest magnitude, which comes back unchanged. Magnitudes from 2**-6 / 448 of it on have a
+    relative error of at most 2**-4, smaller ones an absolute error of 2**-10 / 448 of it.
+
+    Args:
+      min_size: tensors with strictly more elements are cast, the others and all integers travel
+        raw.
+
+    Returns:
+      The codec. A tensor that holds a NaN or an infinity decodes to non-finite values everywhere.
+
+    Raises:
+      CodecError: `min_size` is out of range; a leaf to encode is not an array.
+
+    Example:
+      >>> codec = float8(min_size=0)
+      >>> keys = Keys(jax.random.key(0), jax.random.key(1))
+      >>> _, message = codec.encode(keys, (), (), jnp.array([7.0, -3.5, 1.8, 0.0]))
+      >>> codec.decode(keys, (), message).tolist()
+      [7.0, -3.5, 1.75, 0.0]
+    """
+    limit = float(jnp.finfo(jnp.float8_e4m3fn).max)
+
+    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        del index
+        x = wide(tensor)
+        largest = jnp.max(jnp.abs(x))
+        cast = (x / divisor(largest) * limit).astype(jnp.float8_e4m3fn)
+        codes = jax.lax.bitcast_convert_type(cast, jnp.uint8)
+        return Symbols(codes, 8, np.dtype(tensor.dtype)), largest
+
+    def decode_tensor(index: int, symbols: Symbols, largest: jax.Array) -> jax.Array:
+        del index
+        cast = jax.lax.bitcast_convert_type(symbols.codes, jnp.float8_e4m3fn)
+        return (cast.astype(largest.dtype) / limit * largest).astype(symbols.dtype)
+
+    return _cast("float8()", min_size, encode_tensor, decode_tensor)
+
+
+def _cast(
+    name: str,
+    min_size: int,
+    encode_tensor: Callable[[int, jax.Array], tuple[Symbols, Any]],
+    decode_tensor: Callable[[int, Symbols, Any], jax.Array],
+) -> Codec:
+    threshold = check_min_size(min_size)
+
+    def encode(keys: Keys, value: Any) -> Message:
+        del keys
+        return encode_large(value, threshold, encode_tensor)
+
+    def decode(keys: Keys, message: Message) -> Any:
+        del keys
+        return decode_large(message, Symbols, decode_tensor)
+
+    return stateless(name, Traits(contractive=True), encode, decode)

@@ -1,0 +1,59 @@
+"""Arithmetic that quantisers share: it neither overflows nor moves what is exact."""
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(tensor: jax.Array) -> jax.Array:
+    """A floating tensor in the precision that codecs compute in: float32, or its own float64."""
+    return tensor.astype(jnp.float64 if tensor.dtype == jnp.float64 else jnp.float32)
+
+
+def divisor(scale: jax.Array) -> jax.Array:
+    """`scale`, or 1 where it is too small to divide by (devices may take subnormals for zero)."""
+    return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, jnp.ones_like(scale))
+
+
+def finite(position: jax.Array) -> jax.Array:
+    """Zero in place of what is not finite: what that becomes as an integer differs by device."""
+    return jnp.where(jnp.isfinite(position), position, jnp.zeros_like(position))
+
+
+def mean_magnitude(tensor: jax.Array) -> jax.Array:
+    """The mean of |x|, exact for constant magnitudes; NaN if an element is not finite."""
+    largest = jnp.max(jnp.abs(tensor))
+    return largest * jnp.mean(jnp.abs(tensor) / divisor(largest))
+
+
+def norm(tensor: jax.Array) -> jax.Array:
+    """The Euclidean norm along the last axis, which stays.
+
+    It is exact for a single element that is not zero, infinity where it overflows, and NaN where
+    an element is not finite.
+    """
+    largest = jnp.max(jnp.abs(tensor), axis=-1, keepdims=True)
+    scaled = tensor / divisor(largest)
+    return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1, keepdims=True))
+
+
+def round_stochastically(key: jax.Array, position: jax.Array) -> jax.Array:
+    """``floor(position + u)``, u uniform in [0, 1), so that its mean is `position`.
+
+    The sum is not formed, for its rounding would move exact integers. The probability of rounding
+    up is exact to 2**-32.
+
+    Args:
+      key: used once.
+      position: floating, finite, any shape.
+
+    Returns:
+      Whole numbers of the dtype of `position`.
+    """
+    floor = jnp.floor(position)
+    return floor + is_drawn(key, position - floor).astype(position.dtype)
+
+
+def is_drawn(key: jax.Array, probability: jax.Array) -> jax.Array:
+    """Independent draws that are True with `probability`, in [0, 1), exact to 2**-32."""
+    remainder = (probability * 2.0**32).astype(jnp.uint32)
+    return jax.random.bits(key, probability.shape, jnp.uint32) < remainder
