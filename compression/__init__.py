@@ -21,10 +21,19 @@ else:
     from fedjax_core.compression.base import stateless as stateless
     from fedjax_core.compression.base import to_bytes as to_bytes
     from fedjax_core.compression.chain import chain as chain
+    from fedjax_core.compression.coding import Coded as Coded
+    from fedjax_core.compression.coding import ans as ans
+    from fedjax_core.compression.coding import elias_delta as elias_delta
+    from fedjax_core.compression.coding import elias_gamma as elias_gamma
+    from fedjax_core.compression.coding import huffman as huffman
+    from fedjax_core.compression.coding import rice as rice
+    from fedjax_core.compression.coding import zero_runs as zero_runs
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
+    from fedjax_core.compression.lossless import lossless as lossless
+    from fedjax_core.compression.positions import Positions as Positions
     from fedjax_core.compression.sparse import top_k as top_k
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize
-    from fedjax_core.compression.wire import Positions as Positions
+    from fedjax_core.compression.wire import Packed as Packed
     from fedjax_core.compression.wire import Symbols as Symbols
