@@ -81,7 +81,7 @@ class Ans(Code):
         """See `Code`."""
         histogram, extra = _histogram(numbers, width)
         found = model.frequencies(histogram, numbers.size)
-        header = model.table_bits(found) + BitCount.of(_length_bits(numbers.size, width) + 8)
+        header = model.table_bits(found) + BitCount.of(_length_bits(numbers.size) + 8)
         state = model.ideal_bits(histogram, found, numbers.size) + BitCount.of(32 + _SLACK)
         is_alone = (found > 0).sum() < 2
         state = BitCount(jnp.where(is_alone, 0, state.high), jnp.where(is_alone, 0, state.low))
@@ -98,7 +98,7 @@ class Ans(Code):
         order, state = _encode_in_some_order(tokens, found, num_bytes)
         header, lower = BitWriter(), BitWriter()
         write_table(header, found)
-        header.integers(np.array([num_bytes]), _length_bits(numbers.size, width))
+        header.integers(np.array([num_bytes]), _length_bits(numbers.size))
         header.integers(np.array([order]), 8)
         lower.fields(numbers & ((np.uint32(1) << extra) - 1), extra)
         written = header.to_bytes() + state + lower.to_bytes()
@@ -111,7 +111,7 @@ class Ans(Code):
         found = read_table(header, model.num_tokens(width), sum_bits + 1)
         if int(found.sum()) != 1 << sum_bits:
             raise _altered(f"frequencies with the sum 2**{sum_bits}")
-        num_bytes = int(header.integers(1, _length_bits(size, width))[0])
+        num_bytes = int(header.integers(1, _length_bits(size))[0])
         order = int(header.integers(1, 8)[0])
         begin = header.finish()
         state = data[begin : begin + num_bytes]
@@ -213,9 +213,9 @@ def _read_codewords(
     return token_of[reader.windows(starts[:-1]) & mask]
 
 
-def _length_bits(size: int, width: int) -> int:
-    """The width of a field for the bytes of a coder's state: it is shorter than packed numbers."""
-    return (size * width // 8 + 1).bit_length()
+def _length_bits(size: int) -> int:
+    """The width of a field for the bytes of a coder's state: no number takes more than 14 bits."""
+    return (2 * size + 8).bit_length()
 
 
 def _encode_in_some_order(
@@ -254,10 +254,10 @@ def _inverse_order(size: int, order: int) -> np.ndarray | slice:
 
 def _encode(tokens: np.ndarray, found: np.ndarray) -> bytes:
     """The state of the coder, without the zero bytes at its end."""
-    from constriction.stream import stack
+    import constriction
 
     # It begins at the least state, from which every number costs what its frequency says.
-    coder = stack.AnsCoder(np.array([0, 1], np.uint32))
+    coder = constriction.stream.stack.AnsCoder(np.array([0, 1], np.uint32))
     ranks = np.cumsum(found > 0) - 1
     coder.encode_reverse(ranks[tokens].astype(np.int32), _categorical(found))
     return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -270,11 +270,11 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
         if state:
             raise _altered("no state for a tensor of one token")
         return np.full(size, tokens[0])
-    from constriction.stream import stack
+    import constriction
 
     stripped = state.rstrip(b"\0")
     words = np.frombuffer(stripped.ljust(-(-len(stripped) // 4) * 4, b"\0"), "<u4")
-    coder = stack.AnsCoder(words.astype(np.uint32))
+    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
     ranks = coder.decode(_categorical(found), size)
     if coder.get_compressed().tolist() != [0, 1]:
         raise _altered("a coder's state to end where it began")
@@ -283,13 +283,14 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
 
 def _categorical(found: np.ndarray) -> Any:
     """The model whose probabilities are exactly those of the frequencies."""
-    from constriction.stream.model import Categorical
+    import constriction
 
     # constriction makes cumulative sums of 24 bits: it scales floats to the sum 2**24 - m, m their
     # number, rounds down, and adds 1 to each. Such integers are therefore kept as they are.
     present = found[found > 0]
     scale = (1 << _CODER_BITS) // int(present.sum())
-    return Categorical((present * scale - 1).astype(np.float64), perfect=False, lazy=False)
+    widths = (present * scale - 1).astype(np.float64)
+    return constriction.stream.model.Categorical(widths, perfect=False, lazy=False)
 
 
 def _altered(expected: str) -> CodecError:

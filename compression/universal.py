@@ -209,9 +209,14 @@ class EliasGamma(Code):
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
         del width
+        shifted = numbers.astype(np.int64) + 1
+        widths = bit_length(shifted) - 1
+        if not _fits(2 * int(widths.sum()) + widths.size, limit):
+            return None
         writer = BitWriter()
-        write_gammas(writer, numbers.astype(np.int64) + 1)
-        return _below(writer, limit)
+        writer.unary(widths)
+        writer.fields(shifted ^ (1 << widths), widths)
+        return writer.to_bytes()
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
         """See `Code`."""
@@ -236,8 +241,10 @@ class EliasDelta(Code):
         lengths = bit_length(shifted)
         writer = BitWriter()
         write_gammas(writer, lengths)
+        if not _fits(writer.num_bits + int(lengths.sum()) - lengths.size, limit):
+            return None
         writer.fields(shifted ^ (1 << (lengths - 1)), lengths - 1)
-        return _below(writer, limit)
+        return writer.to_bytes()
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
         """See `Code`."""
@@ -268,15 +275,15 @@ class Rice(Code):
         """See `Code`."""
         parameter = self._choose(numbers, width)
         quotients = numbers >> np.uint32(parameter)
-        num_bits = int(quotients.sum(dtype=np.uint64)) + numbers.size * (1 + parameter)
-        if num_bits >= 8 * limit:
-            return None
         writer = BitWriter()
         if self.parameter is None:
             writer.integers(np.array([parameter]), _PARAMETER_BITS)
+        num_bits = int(quotients.sum(dtype=np.uint64)) + numbers.size * (1 + parameter)
+        if not _fits(writer.num_bits + num_bits, limit):
+            return None
         writer.unary(quotients)
         writer.integers(numbers, parameter)
-        return _below(writer, limit)
+        return writer.to_bytes()
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
         """See `Code`."""
@@ -327,6 +334,8 @@ class ZeroRuns(Code):
         run_fields[: values.size] |= (values & 1) << run_widths[: values.size]
         run_widths[: values.size] += 1
         fields, widths = _gamma_fields((values + 1) >> 1)
+        if not _fits(int(run_widths.sum() + widths.sum()), limit):
+            return None
         # That of the tail has no bits.
         missing = run_widths.size - widths.size
         padded = [np.append(x, np.zeros(missing, np.int64)) for x in (fields, widths)]
@@ -335,7 +344,7 @@ class ZeroRuns(Code):
             np.stack([run_fields, padded[0]], axis=1).ravel(),
             np.stack([run_widths, padded[1]], axis=1).ravel(),
         )
-        return _below(writer, limit)
+        return writer.to_bytes()
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
         """See `Code`."""
@@ -385,8 +394,9 @@ def _bit_lengths(numbers: jax.Array) -> jax.Array:
     return 32 - jax.lax.clz(numbers)
 
 
-def _below(writer: BitWriter, limit: int) -> bytes | None:
-    return writer.to_bytes() if writer.num_bits <= 8 * (limit - 1) else None
+def _fits(num_bits: int, limit: int) -> bool:
+    """Whether so many bits take fewer than `limit` bytes."""
+    return num_bits <= 8 * (limit - 1)
 
 
 def _gamma_fields(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,8 @@ def random_indices(count: int, size: int = SIZE) -> np.ndarray:
 
 @pytest.mark.parametrize("count", [2, 50, 500, 1500, 2500, 4999])
 def test_random_indices(count):
-    assert check(random_indices(count)) in (1, 3)
+    """Indices for two of them, Golomb-Rice gaps for more, a mask for most."""
+    assert check(random_indices(count)) == (0 if count == 2 else 3 if count < 1500 else 1)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2500, 4999])
@@ -70,7 +71,7 @@ def test_clustered_indices_take_gamma():
 
 def test_indices_at_both_ends_take_a_form_each():
     assert check(np.array([2500, 4999])) == 0
-    assert check(np.arange(SIZE - 1)) == 2
+    assert check(np.arange(SIZE - 1)) == 1
     assert check(np.arange(0, SIZE, 2)) == 1
 
 
@@ -116,14 +117,12 @@ def test_counts_map_over_clients():
         (b"\1" + bytes(13), "expected 2 increasing positions"),
         (b"\1" + b"\1", "expected 13 bytes"),
         (b"\2" + bytes(13), "expected 2 numbers"),
-        (b"\2" + (1 << 9 | 1 << 6 | 63).to_bytes(4, "little"), "increasing"),
+        (b"\2" + (1 << 6 | 1 << 13 | 4095 << 14).to_bytes(4, "little"), "increasing"),
         (b"\3" + b"\x1f" + bytes(20), "expected 2 numbers"),
     ],
 )
 def test_what_are_no_positions_is_refused(data, expected):
     like = Positions(jax.ShapeDtypeStruct((2,), jnp.int32), 100)
-    if expected == "increasing" and data[0] == 2:
-        data = b"\2" + b"\x40\x60" + b"\xff" * 8  # gaps of 127 and more
     with pytest.raises(CodecError, match=expected):
         like.from_bytes(memoryview(data))
 
