@@ -45,7 +45,9 @@ class BitWriter:
 
     def fields(self, values: np.ndarray, widths: np.ndarray) -> None:
         """Appends each value in its own number of bits, at most 64, the lowest bit first."""
-        values, widths = _merge_neighbours(values.astype(np.uint64), widths.astype(np.uint64))
+        values, widths = _merge_neighbours(
+            values.astype(np.uint64, copy=False), widths.astype(np.uint64, copy=False)
+        )
         ends = np.cumsum(widths, dtype=np.int64)
         num_bits = int(ends[-1]) if ends.size else 0
         if num_bits == 0:

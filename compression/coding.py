@@ -15,7 +15,7 @@ would have been, so no tensor grows by more than a byte. Other tensors are left 
 All sizes are exact on the device: universal codes by the position of the highest bit, Huffman codes
 by building the code, ANS by the frequencies it is given, which decide its size to the byte.
 
-References: see `universal` and `statistical`.
+References: see `universal` (Elias, Golomb, Rice) and `statistical` (Huffman, Duda).
 """
 
 import dataclasses
@@ -27,16 +27,9 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.lengths import unzigzag, zigzag
 from fedjax_core.compression.statistical import Ans, Huffman
-from fedjax_core.compression.universal import (
-    Code,
-    EliasDelta,
-    EliasGamma,
-    Rice,
-    ZeroRuns,
-    unzigzag,
-    zigzag,
-)
+from fedjax_core.compression.universal import Code, EliasDelta, EliasGamma, Rice, ZeroRuns
 from fedjax_core.compression.wire import Packed, Symbols, check_tensors, take
 from fedjax_core.errors import CodecError
 
@@ -95,10 +88,12 @@ class Coded(Packed):
         """See `Packed`."""
         if self.symbols.size == 0:
             return b""
-        codes = np.ravel(self.symbols.codes).astype(np.int32)
-        center = 0 if self.symbols.is_signed else int(np.argmax(np.bincount(codes)))
-        codes = codes - np.int32(center)
-        numbers = ((codes << 1) ^ (codes >> 31)).astype(np.uint32)
+        codes, center = np.ravel(self.symbols.codes), 0
+        if self.symbols.is_signed:
+            numbers = _zigzag(codes.astype(np.int32))
+        else:
+            center = int(np.argmax(np.bincount(codes)))
+            numbers = _zigzag(np.arange(1 << self.symbols.width, dtype=np.int32) - center)[codes]
         limit = self.symbols.num_bytes - self.num_center_bytes
         body = self.code.write(numbers, self.width, limit)
         if body is None:
@@ -141,7 +136,8 @@ class Coded(Packed):
 def elias_gamma() -> Codec:
     """Codes symbols in Elias gamma.
 
-    Symbol q at distance u from the most frequent one (`zigzag`) takes 2 floor(log2(u + 1)) + 1 bits.
+    A symbol at distance u from the most frequent one, by `zigzag`, takes 2 floor(log2(u + 1)) + 1
+    bits.
 
     Returns:
       A lossless codec.
@@ -247,9 +243,14 @@ def _code(node: Any, code: Code) -> Any:
         return node
     if node.size > _MAX_SIZE:
         raise CodecError(
-            f"expected at most 2**28 symbols in a tensor to code, got {node.size}; split the tensor."
+            f"expected at most 2**28 symbols in a tensor, got {node.size}; split the tensor."
         )
     return Coded(node, code)
+
+
+def _zigzag(integers: np.ndarray) -> np.ndarray:
+    """As `zigzag`, on the host."""
+    return ((integers << 1) ^ (integers >> 31)).astype(np.uint32)
 
 
 def _is_symbols(node: Any) -> bool:

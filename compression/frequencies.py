@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.bits import BitCount
-from fedjax_core.compression.universal import gamma_lengths
+from fedjax_core.compression.lengths import gamma_lengths
 
 # The sum of frequencies is at most 2**_PRECISION.
 _PRECISION = 14
@@ -209,7 +209,7 @@ def huffman_lengths(weights: jax.Array) -> jax.Array:
 
 
 def table_bits(entries: jax.Array) -> BitCount:
-    """Bits of a table, one positive entry for each token that occurs; see `statistical.write_table`.
+    """Bits of a table, one positive entry for each token that occurs, by `write_table`.
 
     Args:
       entries: uint32 ``[tokens]``, 0 for tokens that do not occur.

@@ -2,7 +2,8 @@
 
 All lowest bytes of the elements come first, all highest bytes (of floats: sign and exponent, much
 alike) last. On the host `len(to_bytes(...))` is the true size. A device cannot know what zstd makes
-of a tensor, so there `bits` is a bound that zstd never reaches in practice: the raw size and a byte.
+of a tensor, so there `bits` is only a bound: the raw size and a byte. For a size that is counted,
+quantise and use an entropy code.
 
 References:
   Collet, Kucherawy. Zstandard compression and the application/zstd media type. RFC 8878, 2021.

@@ -52,12 +52,16 @@ class Huffman(Code):
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
-        tokens, extra, found = _measure(numbers, width)
+        tokens, histogram, found = _measure(numbers, width)
         lengths = np.asarray(model.huffman_lengths(found.astype(np.uint32))).astype(np.int64)
+        num_bits = int((histogram * (lengths + model.extra_bits(np.arange(found.size)))).sum())
+        if num_bits >= 8 * limit:
+            return None
+        codewords = _codewords(lengths, found > 0).astype(np.uint64)
         writer = BitWriter()
         write_table(writer, np.where(found > 0, lengths + 1, 0))
-        writer.fields(_codewords(lengths, found > 0)[tokens], lengths[tokens])
-        writer.fields(numbers & ((np.uint32(1) << extra) - 1), extra)
+        writer.fields(codewords[tokens], lengths.astype(np.uint64)[tokens])
+        _write_extra(writer, numbers, tokens, width)
         return writer.to_bytes() if writer.num_bits <= 8 * (limit - 1) else None
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
@@ -89,8 +93,7 @@ class Ans(Code):
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
-        tokens, extra, found = _measure(numbers, width)
-        histogram = np.bincount(tokens, minlength=found.size).astype(np.uint32)
+        tokens, histogram, found = _measure(numbers, width)
         ideal = int(model.ideal_bits(histogram, found.astype(np.uint32), numbers.size))
         num_bytes = -(-(ideal + 32 + _SLACK) // 8) if np.count_nonzero(found) > 1 else 0
         if num_bytes >= limit:
@@ -100,7 +103,7 @@ class Ans(Code):
         write_table(header, found)
         header.integers(np.array([num_bytes]), _length_bits(numbers.size))
         header.integers(np.array([order]), 8)
-        lower.fields(numbers & ((np.uint32(1) << extra) - 1), extra)
+        _write_extra(lower, numbers, tokens, width)
         written = header.to_bytes() + state + lower.to_bytes()
         return written if len(written) < limit else None
 
@@ -155,14 +158,20 @@ def _histogram(numbers: jax.Array, width: int) -> tuple[jax.Array, BitCount]:
 
 
 def _measure(numbers: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tokens of numbers, their extra bits, and the frequencies, int64, of all tokens."""
-    tokens, extra = numbers, np.zeros_like(numbers)
-    if model.num_tokens(width) < 1 << width:
-        lengths = bit_length(numbers).astype(np.uint32)
-        tokens, extra = model.tokenize(numbers, lengths, np)
-    histogram = np.bincount(tokens, minlength=model.num_tokens(width)).astype(np.uint32)
+    """The tokens of numbers, how often each occurs, uint32, and their frequencies, int64."""
+    tokens, size = numbers, model.num_tokens(width)
+    if size < 1 << width:
+        tokens, _ = model.tokenize(numbers, bit_length(numbers).astype(np.uint32), np)
+    histogram = np.bincount(tokens, minlength=size).astype(np.uint32)
     found = model.frequencies(histogram, numbers.size)
-    return tokens, extra, np.asarray(found).astype(np.int64)
+    return tokens, histogram, np.asarray(found).astype(np.int64)
+
+
+def _write_extra(writer: BitWriter, numbers: np.ndarray, tokens: np.ndarray, width: int) -> None:
+    """Appends what the tokens of numbers do not hold."""
+    if model.num_tokens(width) < 1 << width:
+        extra = model.extra_bits(tokens)
+        writer.fields(numbers & ((np.int64(1) << extra) - 1), extra)
 
 
 def _read_extra(reader: BitReader, tokens: np.ndarray) -> np.ndarray:
@@ -254,12 +263,10 @@ def _inverse_order(size: int, order: int) -> np.ndarray | slice:
 
 def _encode(tokens: np.ndarray, found: np.ndarray) -> bytes:
     """The state of the coder, without the zero bytes at its end."""
-    import constriction
-
     # It begins at the least state, from which every number costs what its frequency says.
-    coder = constriction.stream.stack.AnsCoder(np.array([0, 1], np.uint32))
-    ranks = np.cumsum(found > 0) - 1
-    coder.encode_reverse(ranks[tokens].astype(np.int32), _categorical(found))
+    coder = _coders().stack.AnsCoder(np.array([0, 1], np.uint32))
+    ranks = (np.cumsum(found > 0) - 1).astype(np.int32)
+    coder.encode_reverse(ranks[tokens], _categorical(found))
     return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
@@ -270,11 +277,9 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
         if state:
             raise _altered("no state for a tensor of one token")
         return np.full(size, tokens[0])
-    import constriction
-
     stripped = state.rstrip(b"\0")
     words = np.frombuffer(stripped.ljust(-(-len(stripped) // 4) * 4, b"\0"), "<u4")
-    coder = constriction.stream.stack.AnsCoder(words.astype(np.uint32))
+    coder = _coders().stack.AnsCoder(words.astype(np.uint32))
     ranks = coder.decode(_categorical(found), size)
     if coder.get_compressed().tolist() != [0, 1]:
         raise _altered("a coder's state to end where it began")
@@ -283,14 +288,19 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
 
 def _categorical(found: np.ndarray) -> Any:
     """The model whose probabilities are exactly those of the frequencies."""
-    import constriction
-
     # constriction makes cumulative sums of 24 bits: it scales floats to the sum 2**24 - m, m their
     # number, rounds down, and adds 1 to each. Such integers are therefore kept as they are.
     present = found[found > 0]
     scale = (1 << _CODER_BITS) // int(present.sum())
     widths = (present * scale - 1).astype(np.float64)
-    return constriction.stream.model.Categorical(widths, perfect=False, lazy=False)
+    return _coders().model.Categorical(widths, perfect=False, lazy=False)
+
+
+def _coders() -> Any:
+    import constriction
+
+    # The module is compiled and has no types.
+    return constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _altered(expected: str) -> CodecError:

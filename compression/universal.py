@@ -1,15 +1,7 @@
-"""Universal codes of non-negative integers: exact lengths on the device, bits on the host.
+"""Universal codes of non-negative integers.
 
-| code | of u, with n = u + 1 | bits |
-|---|---|---|
-| Elias gamma | bit length of n in unary, its lower bits | 2 floor(log2 n) + 1 |
-| Elias delta | bit length N of n in gamma, its lower bits | floor(log2 n) + 2 floor(log2 N) + 1 |
-| Golomb-Rice | u >> k in unary, its k lower bits | (u >> k) + 1 + k |
-| zero runs | for each u > 0: gamma of the zeros before it, then a sign and gamma of \\|q\\| | see below |
-
-u = 2q for q >= 0 and -2q - 1 else (`zigzag`). Lengths come from integer arithmetic: logarithms in
-float32 are wrong from 2**15 on. Gamma, delta and Rice write the unary parts of all numbers first,
-then all lower bits, so that whole arrays are read at once; this changes no length.
+Gamma, delta and Rice write the unary parts of all numbers first, then all their lower bits, so that
+whole arrays are read at once; this changes no length. See `lengths` for what each code takes.
 
 References:
   Elias. Universal codeword sets and representations of the integers. IEEE Transactions on
@@ -24,10 +16,10 @@ import abc
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.bits import BitCount
+from fedjax_core.compression import lengths
 from fedjax_core.compression.bitstreams import BitReader, BitWriter, bit_length, next_ones
 from fedjax_core.errors import CodecError
 
@@ -74,129 +66,6 @@ class Code(abc.ABC):
         """
 
 
-def zigzag(integers: jax.Array) -> jax.Array:
-    """Signed integers as non-negative ones: 0, -1, 1, -2, 2 ... become 0, 1, 2, 3, 4 ...
-
-    Args:
-      integers: int32 in ``[-2**30, 2**30)``.
-
-    Returns:
-      uint32.
-
-    Example:
-      >>> zigzag(jnp.array([0, -1, 1, -2])).tolist()
-      [0, 1, 2, 3]
-    """
-    return ((integers << 1) ^ (integers >> 31)).astype(jnp.uint32)
-
-
-def unzigzag(numbers: np.ndarray) -> np.ndarray:
-    """The integers, int64, of which `zigzag` made the numbers."""
-    wide = numbers.astype(np.int64)
-    return (wide >> 1) ^ -(wide & 1)
-
-
-def gamma_lengths(numbers: jax.Array) -> jax.Array:
-    """Bits of the Elias gamma code.
-
-    Args:
-      numbers: uint32, at least 1.
-
-    Returns:
-      uint32, ``2 * floor(log2(numbers)) + 1``.
-
-    Example:
-      >>> gamma_lengths(jnp.array([1, 2, 3, 4, 16, 2**31], jnp.uint32)).tolist()
-      [1, 3, 3, 5, 9, 63]
-    """
-    return 2 * _bit_lengths(numbers) - 1
-
-
-def delta_lengths(numbers: jax.Array) -> jax.Array:
-    """Bits of the Elias delta code.
-
-    Args:
-      numbers: uint32, at least 1.
-
-    Returns:
-      uint32, ``floor(log2(n)) + 2 * floor(log2(floor(log2(n)) + 1)) + 1`` for each n.
-
-    Example:
-      >>> delta_lengths(jnp.array([1, 2, 3, 4, 16], jnp.uint32)).tolist()
-      [1, 4, 4, 5, 9]
-    """
-    lengths = _bit_lengths(numbers)
-    return lengths - 1 + gamma_lengths(lengths)
-
-
-def rice_lengths(numbers: jax.Array, parameter: int) -> jax.Array:
-    """Bits of the Golomb-Rice code with parameter k.
-
-    Args:
-      numbers: uint32.
-      parameter: k, 0 to 31.
-
-    Returns:
-      uint32, ``(numbers >> k) + 1 + k``.
-
-    Example:
-      >>> int(rice_lengths(jnp.uint32(9), 2))
-      5
-    """
-    return (numbers >> parameter) + jnp.uint32(1 + parameter)
-
-
-def zero_run_lengths(numbers: jax.Array) -> jax.Array:
-    """Bits of the code of zero runs, where each codeword begins.
-
-    A number that is not zero takes ``gamma(z + 1) + 1 + gamma(|q|)`` bits, where z zeros stand
-    before it; zeros that end the vector take ``gamma(z + 1)``, at the last of them.
-
-    Args:
-      numbers: uint32 ``[n]``, zigzag of q.
-
-    Returns:
-      uint32 ``[n]``.
-
-    Example:
-      >>> q = jnp.array([0, 0, 0, 5, 0, -1, 0, 0])
-      >>> zero_run_lengths(zigzag(q)).tolist()
-      [0, 0, 0, 11, 0, 5, 0, 3]
-    """
-    positions = jnp.arange(numbers.size, dtype=jnp.int32)
-    is_zero = numbers == 0
-    last = jax.lax.cummax(jnp.where(is_zero, -1, positions))
-    before = jnp.concatenate([jnp.full(1, -1, jnp.int32), last[:-1]])
-    magnitude = jnp.maximum((numbers + 1) >> 1, 1)
-    zeros = (positions - before - 1).astype(jnp.uint32)
-    codeword = gamma_lengths(zeros + 1) + 1 + gamma_lengths(magnitude)
-    is_tail = is_zero & (positions == numbers.size - 1)
-    tail = gamma_lengths(zeros + 2)
-    return jnp.where(is_tail, tail, jnp.where(is_zero, 0, codeword)).astype(jnp.uint32)
-
-
-def rice_totals(numbers: jax.Array, width: int) -> BitCount:
-    """Bits of all numbers together by the Golomb-Rice codes with parameters 0 to `width`.
-
-    Args:
-      numbers: uint32 ``[n]``, below ``2**width``.
-      width: at most 31.
-
-    Returns:
-      Counts of shape ``[width + 1]``.
-    """
-    # sum(u >> k) is the sum of 2**(j - k) over the bits j >= k that are set.
-    places = jnp.arange(width, dtype=jnp.uint32)[:, None]
-    ones = jnp.sum((numbers[None, :] >> places) & 1, axis=1, dtype=jnp.uint32)[None, :]
-    above = np.arange(width)[None, :] - np.arange(width + 1)[:, None]
-    powers = np.where(above < 0, 0, np.left_shift(1, np.maximum(above, 0))).astype(np.uint32)
-    ones = jnp.broadcast_to(ones, powers.shape)
-    quotients = BitCount(jnp.zeros_like(ones), ones).times(jnp.asarray(powers)).sum(axis=1)
-    rest = jnp.full(width + 1, numbers.size, jnp.uint32)
-    rest = BitCount(jnp.zeros_like(rest), rest).times(jnp.arange(1, width + 2, dtype=jnp.uint32))
-    return quotients + rest
-
-
 @dataclasses.dataclass(frozen=True)
 class EliasGamma(Code):
     """Elias gamma of u + 1."""
@@ -204,7 +73,7 @@ class EliasGamma(Code):
     def count(self, numbers: jax.Array, width: int) -> BitCount:
         """See `Code`."""
         del width
-        return total(gamma_lengths(numbers + 1))
+        return lengths.total(lengths.gamma_lengths(numbers + 1))
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
@@ -232,27 +101,27 @@ class EliasDelta(Code):
     def count(self, numbers: jax.Array, width: int) -> BitCount:
         """See `Code`."""
         del width
-        return total(delta_lengths(numbers + 1))
+        return lengths.total(lengths.delta_lengths(numbers + 1))
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
         del width
         shifted = numbers.astype(np.int64) + 1
-        lengths = bit_length(shifted)
+        num_bits = bit_length(shifted)
         writer = BitWriter()
-        write_gammas(writer, lengths)
-        if not _fits(writer.num_bits + int(lengths.sum()) - lengths.size, limit):
+        write_gammas(writer, num_bits)
+        if not _fits(writer.num_bits + int(num_bits.sum()) - num_bits.size, limit):
             return None
-        writer.fields(shifted ^ (1 << (lengths - 1)), lengths - 1)
+        writer.fields(shifted ^ (1 << (num_bits - 1)), num_bits - 1)
         return writer.to_bytes()
 
     def read(self, data: memoryview, size: int, width: int) -> tuple[np.ndarray, int]:
         """See `Code`."""
         reader = BitReader(data)
-        lengths = read_gammas(reader, size, (width + 1).bit_length())
-        _check_widths(lengths - 1, width)
-        lower = reader.fields(lengths - 1).astype(np.int64)
-        return (lower + (1 << (lengths - 1)) - 1).astype(np.uint32), reader.finish()
+        num_bits = read_gammas(reader, size, (width + 1).bit_length())
+        _check_widths(num_bits - 1, width)
+        lower = reader.fields(num_bits - 1).astype(np.int64)
+        return (lower + (1 << (num_bits - 1)) - 1).astype(np.uint32), reader.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +137,8 @@ class Rice(Code):
     def count(self, numbers: jax.Array, width: int) -> BitCount:
         """See `Code`."""
         if self.parameter is not None:
-            return total(rice_lengths(numbers, self.parameter))
-        return rice_totals(numbers, width).min() + BitCount.of(_PARAMETER_BITS)
+            return lengths.total(lengths.rice_lengths(numbers, self.parameter))
+        return lengths.rice_totals(numbers, width).min() + BitCount.of(_PARAMETER_BITS)
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
@@ -314,12 +183,12 @@ class Rice(Code):
 
 @dataclasses.dataclass(frozen=True)
 class ZeroRuns(Code):
-    """Runs of zeros and what stands between them, both in Elias gamma: see `zero_run_lengths`."""
+    """Runs of zeros, and what is between them, in Elias gamma: see `lengths.zero_run_lengths`."""
 
     def count(self, numbers: jax.Array, width: int) -> BitCount:
         """See `Code`."""
         del width
-        return total(zero_run_lengths(numbers))
+        return lengths.total(lengths.zero_run_lengths(numbers))
 
     def write(self, numbers: np.ndarray, width: int, limit: int) -> bytes | None:
         """See `Code`."""
@@ -383,15 +252,6 @@ def read_gammas(reader: BitReader, count: int, width: int) -> np.ndarray:
     widths = reader.unary(count)
     _check_widths(widths, width - 1)
     return reader.fields(widths).astype(np.int64) | (1 << widths)
-
-
-def total(lengths: jax.Array) -> BitCount:
-    """The sum of a vector of uint32."""
-    return BitCount(jnp.zeros_like(lengths), lengths).sum()
-
-
-def _bit_lengths(numbers: jax.Array) -> jax.Array:
-    return 32 - jax.lax.clz(numbers)
 
 
 def _fits(num_bits: int, limit: int) -> bool:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from fedjax_core.compression import bitstreams
 from fedjax_core.errors import CodecError
 
-FIELDS = st.lists(st.integers(0, 57).flatmap(lambda w: st.tuples(st.integers(0, 2**w - 1), st.just(w))))
+FIELDS = st.lists(
+    st.integers(0, 57).flatmap(lambda w: st.tuples(st.integers(0, 2**w - 1), st.just(w)))
+)
 
 
 def field(value: int, width: int) -> str:

@@ -70,7 +70,11 @@ def test_case_10_single_symbol():
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.one_of(st.just(0), st.integers(1, 9), st.integers(1, 10**6)), min_size=7, max_size=7))
+@given(
+    st.lists(
+        st.one_of(st.just(0), st.integers(1, 9), st.integers(1, 10**6)), min_size=7, max_size=7
+    )
+)
 def test_huffman_lengths_are_optimal_and_complete(counts):
     lengths = model.huffman_lengths(jnp.array(counts, jnp.uint32)).tolist()
     used = [(n, length) for n, length in zip(counts, lengths, strict=True) if n]
@@ -91,6 +95,7 @@ def test_longest_codewords_of_frequencies():
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100, 16_383, 16_384, 300_000, 1 << 28])
 def test_frequencies_are_positive_where_needed_and_sum_up(size):
+    """All m tokens have 1 and their share of the rest, so they cost -log2(1 - m / sum) at most."""
     rng = np.random.default_rng(size)
     for concentration in (0.02, 0.3, 10.0):
         weights = rng.dirichlet(np.full(min(size, 500), concentration))
@@ -101,7 +106,7 @@ def test_frequencies_are_positive_where_needed_and_sum_up(size):
         np.testing.assert_array_equal(found > 0, counts > 0)
         probabilities = counts[counts > 0] / size
         excess = np.sum(probabilities * np.log2(probabilities / found[counts > 0] * found.sum()))
-        assert excess < 0.1
+        assert excess < 1e-3 - np.log2(1 - probabilities.size / found.sum())
 
 
 def test_costs_are_those_of_logarithms():
@@ -206,8 +211,7 @@ def test_states_are_those_of_an_independent_coder(alphabet):
 
 def test_numbers_in_blocks_are_coded_in_another_order():
     """Of long blocks the coder may take some bits more than the ideal; of shuffled ones less."""
-    blocks = np.random.default_rng(1).integers(0, 5, 2000)
-    numbers = np.repeat(blocks, 1000).astype(np.uint32)
+    numbers = np.repeat(np.random.default_rng(0).integers(0, 5, 40), 50).astype(np.uint32)
     _, _, found = statistical._measure(numbers, 9)
     orders = [np.arange(numbers.size), *(statistical._order(numbers.size, k) for k in range(1, 8))]
     sizes = [len(statistical._encode(numbers[order], found)) for order in orders]
