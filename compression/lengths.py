@@ -19,6 +19,9 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 
+# Up to so many bits, to count how often each number occurs is faster than to look at all bits.
+_HISTOGRAM_BITS = 12
+
 
 def zigzag(integers: jax.Array) -> jax.Array:
     """Signed integers as non-negative ones: 0, -1, 1, -2, 2 ... become 0, 1, 2, 3, 4 ...
@@ -132,8 +135,7 @@ def rice_totals(numbers: jax.Array, width: int) -> BitCount:
       Counts of shape ``[width + 1]``.
     """
     # sum(u >> k) is the sum of 2**(j - k) over the bits j >= k that are set.
-    places = jnp.arange(width, dtype=jnp.uint32)[:, None]
-    ones = jnp.sum((numbers[None, :] >> places) & 1, axis=1, dtype=jnp.uint32)[None, :]
+    ones = _ones(numbers, width)[None, :]
     above = np.arange(width)[None, :] - np.arange(width + 1)[:, None]
     powers = np.where(above < 0, 0, np.left_shift(1, np.maximum(above, 0))).astype(np.uint32)
     ones = jnp.broadcast_to(ones, powers.shape)
@@ -141,6 +143,17 @@ def rice_totals(numbers: jax.Array, width: int) -> BitCount:
     rest = jnp.full(width + 1, numbers.size, jnp.uint32)
     rest = BitCount(jnp.zeros_like(rest), rest).times(jnp.arange(1, width + 2, dtype=jnp.uint32))
     return quotients + rest
+
+
+def _ones(numbers: jax.Array, width: int) -> jax.Array:
+    """How many numbers have each bit set: uint32 ``[width]``."""
+    times = jnp.uint32(1)
+    if width <= _HISTOGRAM_BITS and numbers.size > 1 << width:
+        histogram = jnp.zeros(1 << width, jnp.uint32).at[numbers].add(times)
+        numbers, times = jnp.arange(1 << width, dtype=jnp.uint32), histogram[None, :]
+    places = jnp.arange(width, dtype=jnp.uint32)[:, None]
+    is_set = (numbers[None, :] >> places) & 1
+    return jnp.sum(is_set * times, axis=1, dtype=jnp.uint32)
 
 
 def total(lengths: jax.Array) -> BitCount:
