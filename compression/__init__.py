@@ -25,12 +25,21 @@ else:
     from fedjax_core.compression.casts import bfloat16 as bfloat16
     from fedjax_core.compression.casts import float8 as float8
     from fedjax_core.compression.chain import chain as chain
+    from fedjax_core.compression.coding import Coded as Coded
+    from fedjax_core.compression.coding import ans as ans
+    from fedjax_core.compression.coding import elias_delta as elias_delta
+    from fedjax_core.compression.coding import elias_gamma as elias_gamma
+    from fedjax_core.compression.coding import huffman as huffman
+    from fedjax_core.compression.coding import rice as rice
+    from fedjax_core.compression.coding import zero_runs as zero_runs
     from fedjax_core.compression.eden import drive as drive
     from fedjax_core.compression.eden import eden as eden
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
     from fedjax_core.compression.hadamard import hadamard_rotation as hadamard_rotation
+    from fedjax_core.compression.lossless import lossless as lossless
+    from fedjax_core.compression.positions import Positions as Positions
     from fedjax_core.compression.qsgd import qsgd as qsgd
     from fedjax_core.compression.sampled import rand_k as rand_k
     from fedjax_core.compression.signs import scaled_sign as scaled_sign
@@ -39,5 +48,5 @@ else:
     from fedjax_core.compression.ternary import tern_grad as tern_grad
     from fedjax_core.compression.uniform import tff_8bit as tff_8bit
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize
-    from fedjax_core.compression.wire import Positions as Positions
+    from fedjax_core.compression.wire import Packed as Packed
     from fedjax_core.compression.wire import Symbols as Symbols

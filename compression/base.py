@@ -9,7 +9,8 @@ clients.
 
 `hints(server)` goes down to the senders before they encode, and is counted. `bits(message)` is the
 exact size of the message, inside any JAX program; `to_bytes` are those bytes, on the host, and
-``8 * len(to_bytes(message)) == int(bits(message))``.
+``8 * len(to_bytes(message)) == int(bits(message))``. Only a codec without the trait `exact_bits`
+may count more than it sends.
 """
 
 import dataclasses
@@ -298,7 +299,7 @@ def _parts(message: Message) -> tuple[Any, Any, Any]:
 
 
 def _count(message: Message) -> BitCount:
-    return BitCount.of(8 * wire.num_bytes(_parts(message)))
+    return wire.count(_parts(message))
 
 
 def _write(message: Message) -> bytes:

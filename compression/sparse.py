@@ -3,8 +3,7 @@
     Q(x)_i = x_i if |x_i| is among the k largest, else 0          |Q(x) - x|^2 <= (1 - k/n) |x|^2
 
 The survivors are the payload, so that a later stage of a chain can quantise them; the positions
-are side information. On the wire positions take the shorter of a mask of n bits and k indices of
-ceil(log2 n) bits.
+are side information, and travel in the shortest of the four forms of `Positions`.
 
 References:
   Aji, Heafield. Sparse communication for distributed gradient descent. EMNLP 2017,
@@ -23,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Survivors, Traits, stateless
+from fedjax_core.compression.positions import Positions
 from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
-from fedjax_core.compression.wire import Positions
 from fedjax_core.errors import CodecError
 
 

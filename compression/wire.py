@@ -5,38 +5,68 @@
 | array | its elements, little-endian | size * itemsize |
 | `Symbols` | `width` bits an element, densely | ceil(size * width / 8) |
 | `Symbols` of another packing | see `packing` | see `packing` |
-| `Positions` | a mask, or k indices if shorter | ceil(min(size, k * ceil(log2 size)) / 8) |
+| `Positions` | a tag, then the shortest of four forms | by value |
+| `Coded` | a tag, then a code of symbols, or as `Symbols` if shorter | by value |
+| `Shuffled` | a tag, then zstd of the bytes by place | at most 1 + size * itemsize |
 
-Every leaf starts at a byte. Sizes depend on shapes alone, so they are known while tracing. Reading
-checks all that the bytes of a message satisfy: a message is rejected rather than misread.
+Every leaf starts at a byte and says itself where it ends. The last three count with `jnp` what
+depends on their values, so that a size is known inside any program. Reading checks all that the
+bytes of a message satisfy, and never takes more memory than a small multiple of what `like`
+describes: a message is rejected rather than misread.
 """
 
+import abc
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.packing import (
-    PACKINGS,
-    Packing,
-    PackingName,
-    pack_bits,
-    unpack_bits,
-)
+from fedjax_core.bits import BitCount
+from fedjax_core.compression.packing import PACKINGS, Packing, PackingName
 from fedjax_core.errors import CodecError
+
+
+class Packed(abc.ABC):
+    """A leaf of a message that is written in its own way: a frozen dataclass and a pytree."""
+
+    @abc.abstractmethod
+    def count(self) -> BitCount:
+        """The exact size, or a bound of it where the codec's traits say so; a multiple of 8.
+
+        It works under `jit` and `vmap`, and, if no value matters, on `jax.ShapeDtypeStruct`.
+        """
+
+    @abc.abstractmethod
+    def to_bytes(self) -> bytes:
+        """What travels."""
+
+    @abc.abstractmethod
+    def from_bytes(self, data: memoryview) -> tuple[Self, int]:
+        """Reads a leaf of the same shape.
+
+        Args:
+          data: its bytes, and perhaps more; not trusted.
+
+        Returns:
+          The leaf, its arrays NumPy's, and how many bytes it took.
+
+        Raises:
+          CodecError: `data` is too short, or holds what `to_bytes` never writes.
+        """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Symbols:
+class Symbols(Packed):
     """The symbols that stand for the elements of a tensor.
 
     Attributes:
-      codes: uint8 or uint16, each below ``2**width``, in the shape of the tensor.
-      width: static, bits a symbol.
+      codes: in the shape of the tensor: uint8 or uint16, each below ``2**width``, or int8, int16 or
+        int32, each in ``[-2**(width - 1), 2**(width - 1))``.
+      width: static, bits a symbol; at most 16, or 31 if they are signed.
       dtype: static, the dtype of the tensor that the symbols stand for.
       packing: static, how the symbols are written.
     """
@@ -46,34 +76,54 @@ class Symbols:
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     packing: PackingName = dataclasses.field(default="dense", metadata={"static": True})
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Positions:
-    """Which elements of a tensor are sent.
-
-    Attributes:
-      indices: int32 ``[k]``, positions in the flat tensor, strictly increasing.
-      size: static, the number of elements of the tensor.
-    """
-
-    indices: Any
-    size: int = dataclasses.field(metadata={"static": True})
+    @property
+    def size(self) -> int:
+        """The number of symbols."""
+        return math.prod(self.codes.shape)
 
     @property
-    def width(self) -> int:
-        """Bits of one position by its index: ceil(log2 size)."""
-        return (self.size - 1).bit_length()
+    def is_signed(self) -> bool:
+        """Whether symbols may be negative."""
+        return np.dtype(self.codes.dtype).kind == "i"
 
     @property
-    def is_mask(self) -> bool:
-        """Whether one bit an element of the tensor is shorter than k indices."""
-        return self.size < math.prod(self.indices.shape) * self.width
+    def num_bytes(self) -> int:
+        """The size of what travels."""
+        return self._packing.num_bytes(self.size, self.width)
+
+    def count(self) -> BitCount:
+        """See `Packed`."""
+        return BitCount.of(8 * self.num_bytes)
+
+    def to_bytes(self) -> bytes:
+        """See `Packed`."""
+        codes = np.asarray(self.codes)
+        if not self.is_signed:
+            return self._packing.pack(codes, self.width)
+        # Moved up, so that the range is that of unsigned numbers, and what is outside is refused.
+        return self._packing.pack(codes.astype(np.int64) + (1 << (self.width - 1)), self.width)
+
+    def from_bytes(self, data: memoryview) -> tuple[Self, int]:
+        """See `Packed`."""
+        data = take(data, self.num_bytes)
+        codes = self._packing.unpack(bytes(data), self.size, self.width)
+        if self.is_signed:
+            codes = codes.astype(np.int64) - (1 << (self.width - 1))
+        return self.with_codes(codes), self.num_bytes
+
+    def with_codes(self, codes: np.ndarray) -> Self:
+        """The same with other codes, of which there are as many."""
+        codes = codes.astype(self.codes.dtype).reshape(self.codes.shape)
+        return dataclasses.replace(self, codes=codes)
+
+    @property
+    def _packing(self) -> Packing:
+        return PACKINGS[self.packing]
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The tensors of a pytree, `Symbols` and `Positions` whole."""
-    return jax.tree.leaves(tree, is_leaf=_is_packed)
+    """The tensors of a pytree, those that are `Packed` whole."""
+    return jax.tree.leaves(tree, is_leaf=is_packed)
 
 
 def check_tensors(value: Any) -> Any:
@@ -93,14 +143,22 @@ def check_tensors(value: Any) -> Any:
     return value
 
 
-def num_bytes(tree: Any) -> int:
-    """The exact number of bytes of a pytree of arrays, or of their `jax.ShapeDtypeStruct`."""
-    return sum(_leaf_bytes(leaf) for leaf in leaves(tree))
+def count(tree: Any) -> BitCount:
+    """The number of bits of a pytree of arrays: exact, or a bound if a leaf's count is one.
+
+    If no leaf's size depends on its values the tree may be of `jax.ShapeDtypeStruct`.
+    """
+    packed = [leaf for leaf in leaves(tree) if is_packed(leaf)]
+    raw = sum(_num_bytes(leaf) for leaf in leaves(tree) if not is_packed(leaf))
+    return sum((leaf.count() for leaf in packed), BitCount.of(8 * raw))
 
 
 def to_bytes(tree: Any) -> bytes:
     """The bytes of a pytree of arrays, leaf after leaf."""
-    return b"".join(_write(leaf) for leaf in leaves(tree))
+    # JAX runs on little-endian machines only, so the bytes in memory are the bytes on the wire.
+    return b"".join(
+        leaf.to_bytes() if is_packed(leaf) else np.asarray(leaf).tobytes() for leaf in leaves(tree)
+    )
 
 
 def from_bytes(like: Any, data: bytes) -> tuple[Any, bytes]:
@@ -116,23 +174,47 @@ def from_bytes(like: Any, data: bytes) -> tuple[Any, bytes]:
     Raises:
       CodecError: `data` is too short, or holds what `to_bytes` never writes.
     """
-    expected = num_bytes(like)
-    if len(data) < expected:
+    templates, structure = jax.tree.flatten(like, is_leaf=is_packed)
+    rest, read = memoryview(data), []
+    for template in templates:
+        if is_packed(template):
+            leaf, used = template.from_bytes(rest)
+        else:
+            leaf, used = array_from_bytes(template, rest)
+        read.append(leaf)
+        rest = rest[used:]
+    return jax.tree.unflatten(structure, read), bytes(rest)
+
+
+def take(data: memoryview, num_bytes: int) -> memoryview:
+    """The first bytes of what is left.
+
+    Raises:
+      CodecError: there are fewer.
+    """
+    if len(data) < num_bytes:
         raise CodecError(
-            f"expected {expected} bytes, got {len(data)}: the message was cut short; "
+            f"expected {num_bytes} bytes, got {len(data)}: the message was cut short; "
             "pass all bytes of one message, and the `like` of the value that was encoded."
         )
-    templates, structure = jax.tree.flatten(like, is_leaf=_is_packed)
-    read, offset = [], 0
-    for template in templates:
-        end = offset + _leaf_bytes(template)
-        read.append(_read(template, data[offset:end]))
-        offset = end
-    return jax.tree.unflatten(structure, read), data[expected:]
+    return data[:num_bytes]
 
 
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, Symbols | Positions)
+def array_from_bytes(like: Any, data: memoryview) -> tuple[np.ndarray, int]:
+    """An array of the same shape and dtype from its own bytes, and how many these are."""
+    num_bytes = _num_bytes(like)
+    own = take(data, num_bytes)
+    if like.dtype == np.bool_ and max(own, default=0) > 1:
+        raise CodecError(
+            "expected the bytes of a boolean tensor to be 0 or 1; "
+            "the bytes were altered, or belong to another message."
+        )
+    return np.frombuffer(own, dtype=np.dtype(like.dtype)).reshape(like.shape), num_bytes
+
+
+def is_packed(node: Any) -> bool:
+    """Whether a node of a pytree is a leaf that is written in its own way."""
+    return isinstance(node, Packed)
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -145,65 +227,5 @@ def _is_tensor(leaf: Any) -> bool:
     return jnp.issubdtype(dtype, np.number) or dtype == np.bool_
 
 
-def _leaf_bytes(leaf: Any) -> int:
-    if isinstance(leaf, Symbols):
-        return _packing(leaf).num_bytes(math.prod(leaf.codes.shape), leaf.width)
-    if isinstance(leaf, Positions):
-        fixed = math.prod(leaf.indices.shape) * leaf.width
-        return -(-min(leaf.size, fixed) // 8)
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-
-
-def _write(leaf: Any) -> bytes:
-    if isinstance(leaf, Symbols):
-        return _packing(leaf).pack(np.asarray(leaf.codes), leaf.width)
-    if isinstance(leaf, Positions):
-        indices = np.asarray(leaf.indices)
-        return (
-            pack_bits(_mask(indices, leaf.size), 1)
-            if leaf.is_mask
-            else pack_bits(indices, leaf.width)
-        )
-    # JAX runs on little-endian machines only, so the bytes in memory are the bytes on the wire.
-    return np.asarray(leaf).tobytes()
-
-
-def _packing(symbols: Symbols) -> Packing:
-    return PACKINGS[symbols.packing]
-
-
-def _read(like: Any, data: bytes) -> Any:
-    if isinstance(like, Symbols):
-        codes = _packing(like).unpack(data, math.prod(like.codes.shape), like.width)
-        codes = codes.astype(like.codes.dtype).reshape(like.codes.shape)
-        return dataclasses.replace(like, codes=codes)
-    if isinstance(like, Positions):
-        return dataclasses.replace(like, indices=_read_positions(like, data))
-    if like.dtype == np.bool_ and max(data, default=0) > 1:
-        raise CodecError(
-            "expected the bytes of a boolean tensor to be 0 or 1; "
-            "the bytes were altered, or belong to another message."
-        )
-    return np.frombuffer(data, dtype=np.dtype(like.dtype)).reshape(like.shape)
-
-
-def _read_positions(like: Positions, data: bytes) -> np.ndarray:
-    """The indices in `data`, checked: as many as expected, increasing, inside the tensor."""
-    count = math.prod(like.indices.shape)
-    if like.is_mask:
-        indices = np.flatnonzero(unpack_bits(data, like.size, 1))
-    else:
-        indices = unpack_bits(data, count, like.width)
-    is_increasing = bool(np.all(np.diff(indices.astype(np.int64)) > 0))
-    if len(indices) != count or not is_increasing or np.any(indices >= like.size):
-        raise CodecError(
-            f"expected {count} increasing positions below {like.size}, got {len(indices)} that "
-            "are not; the bytes were altered, or belong to another message."
-        )
-    return indices.astype(like.indices.dtype).reshape(like.indices.shape)
-
-
-def _mask(indices: np.ndarray, size: int) -> np.ndarray:
-    mask = np.zeros(size, np.uint8)
-    mask[indices] = 1
-    return mask
+def _num_bytes(array: Any) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize

@@ -120,6 +120,24 @@ class BitCount(NamedTuple):
             )
         return _sum_leading(jnp.moveaxis(self.high, axis, 0), jnp.moveaxis(self.low, axis, 0))
 
+    def min(self, axis: int = 0) -> "BitCount":
+        """The smallest along one axis, such as that of the codes of which the shortest is taken.
+
+        Args:
+          axis: the axis to reduce.
+
+        Returns:
+          The smallest counts.
+        """
+        high = jnp.min(self.high, axis, keepdims=True)
+        low = jnp.where(self.high == high, self.low, jnp.uint32(_WORD_MASK))
+        return BitCount(jnp.squeeze(high, axis), jnp.min(low, axis))
+
+    def whole_bytes(self) -> "BitCount":
+        """The count rounded up to a multiple of 8, modulo 2**64."""
+        filled = self + BitCount.of(7)
+        return BitCount(filled.high, filled.low & jnp.uint32(0xFFFFFFF8))
+
     def __int__(self) -> int:
         """The exact count as a Python integer, on the host."""
         if np.ndim(self.low) != 0:

@@ -36,6 +36,18 @@ def test_addition_carries(a, b):
 
 
 @settings(max_examples=50, deadline=None)
+@given(st.lists(COUNTS, min_size=3, max_size=3))
+def test_smallest_of_an_axis(counts):
+    assert int(stack(counts).min()) == min(counts)
+    assert int(stack([2**33, 2**32 + 5, 2**34 + 1]).min()) == 2**32 + 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 2**32 - 1, 2**32 + 1, CNN_BITS])
+def test_whole_bytes(count):
+    assert int(BitCount.of(count).whole_bytes()) == -(-count // 8) * 8
+
+
+@settings(max_examples=50, deadline=None)
 @given(COUNTS, st.integers(0, 2**32 - 1))
 def test_times_is_exact(a, n):
     assert int(BitCount.of(a).times(n)) == a * n % 2**64

@@ -69,16 +69,29 @@ def communicate(codec, rows):
 def test_bits_of_the_cnn():
     """By hand.
 
-    Of the 51,200 elements of conv2 5,120 survive; a mask of 51,200 bits is shorter than their
-    indices of 16 bits. Of the 1,605,632 of dense1 160,564 survive; a mask is shorter than indices
-    of 21 bits. Each survivor takes 8 bits, each of the two ranges 64, each of the other 6,538
-    elements 32.
+    Of the 51,200 elements of conv2 and the 1,605,632 of dense1 each takes 8 bits and each range 64;
+    each of the other 6,538 elements takes 32.
     """
-    codec = chain(top_k(0.1), uniform_quantize(8))
+    codec = chain(identity(), uniform_quantize(8))
     template = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in CNN]
     message = jax.eval_shape(lambda v: codec.encode(KEYS, (), (), v)[1], template)
-    masks, symbols = 51_200 + 1_605_632, 8 * (5_120 + 160_564)
-    assert int(codec.bits(message)) == masks + symbols + 2 * 64 + 32 * 6_538 == 3_191_648
+    symbols = 8 * (51_200 + 1_605_632)
+    assert int(codec.bits(message)) == symbols + 2 * 64 + 32 * 6_538 == 13_464_000
+
+
+def test_bits_of_a_sparse_cnn():
+    """Where every tenth element is sent, each position is a gap of 9 in Golomb-Rice code.
+
+    With the parameter 3 that is 5 bits; a mask would take 10 for each of them. Dense1 has 160,563
+    such elements and keeps 160,564: its first one too, with a gap of 0 in 4 bits.
+    """
+    codec = chain(top_k(0.1), uniform_quantize(8))
+    value = [jnp.zeros(shape).ravel().at[9::10].set(1.0).reshape(shape) for shape in CNN]
+    message = jax.jit(lambda v: codec.encode(KEYS, (), (), v)[1])(value)
+    gaps = [5 + 5 * 5_120, 5 + 4 + 5 * 160_563]
+    positions = sum(8 + 8 * -(-bits // 8) for bits in gaps)
+    symbols = 8 * (5_120 + 160_564)
+    assert int(jax.jit(codec.bits)(message)) == positions + symbols + 2 * 64 + 32 * 6_538
 
 
 def test_sizes_are_judged_on_the_original_tensor():
@@ -86,8 +99,9 @@ def test_sizes_are_judged_on_the_original_tensor():
     codec = chain(top_k(0.01, min_size=100), uniform_quantize(4, min_size=100))
     value = {"large": jnp.arange(300.0), "small": jnp.arange(100.0)}
     _, message = codec.encode(KEYS, (), (), value)
-    # 3 indices of 9 bits, 3 symbols of 4 bits, a range, and the small tensor raw.
-    assert int(codec.bits(message)) == 32 + 16 + 64 + 3200
+    # The gaps 297, 0 and 0 in 19 bits of Elias gamma and a tag, 3 symbols of 4 bits, a range, and
+    # the small tensor raw.
+    assert int(codec.bits(message)) == 8 + 24 + 16 + 64 + 3200
     decoded = codec.decode(KEYS, (), message)
     np.testing.assert_array_equal(decoded["small"], value["small"])
     assert np.flatnonzero(decoded["large"]).tolist() == [297, 298, 299]
@@ -107,7 +121,7 @@ def test_bytes_are_the_sides_in_order_then_the_payload():
     codec = chain(first, second)
     _, message = codec.encode(KEYS, (), (), jnp.array([3.0, 0.0, -5.0, 1.0, 0.5]))
     written = to_bytes(codec, message)
-    mask = b"\x05"  # positions 0 and 2
+    mask = b"\x01\x05"  # its tag, positions 0 and 2
     bounds = np.float32([-5.0, 3.0]).tobytes()
     assert written == mask + bounds + b"\xff\x00"
     np.testing.assert_array_equal(
@@ -119,7 +133,7 @@ def test_cut_bytes_name_the_stage_and_what_it_expected():
     codec = chain(top_k(0.4, min_size=0), uniform_quantize(8, min_size=0))
     _, message = codec.encode(KEYS, (), (), jnp.arange(5.0))
     written = to_bytes(codec, message)
-    place = r"stage 1, uniform_quantize\(bits=8\), at byte 1 of 10: expected 10 bytes, got 9"
+    place = r"stage 1, uniform_quantize\(bits=8\), at byte 2 of 11: expected 2 bytes, got 1"
     with pytest.raises(CodecError, match=place):
         from_bytes(codec, written[:-1], message)
 

@@ -16,17 +16,23 @@ from fedjax_core.compression import (
     Keys,
     Message,
     Report,
+    ans,
     bfloat16,
     bounded_support,
     chain,
     drive,
     eden,
+    elias_delta,
+    elias_gamma,
     float8,
     from_bytes,
     hadamard_rotation,
+    huffman,
     identity,
+    lossless,
     qsgd,
     rand_k,
+    rice,
     scaled_sign,
     sparse_ternary,
     tern_grad,
@@ -34,6 +40,7 @@ from fedjax_core.compression import (
     to_bytes,
     top_k,
     uniform_quantize,
+    zero_runs,
 )
 
 SIZES = {
@@ -49,16 +56,25 @@ BOUNDED = [
     identity(),
     *(uniform_quantize(bits, min_size=2) for bits in (1, 5, 8, 16)),
     uniform_quantize(8, min_size=2, stochastic=False),
-    top_k(0.004, min_size=0),
     top_k(1.0, min_size=0),
-    chain(top_k(0.1, min_size=2), uniform_quantize(8, min_size=2)),
-    chain(top_k(0.5, min_size=2), top_k(0.5, min_size=2), uniform_quantize(3, min_size=2)),
     chain(identity(), uniform_quantize(4, min_size=0)),
     chain(uniform_quantize(4, min_size=0), identity()),
     chain(uniform_quantize(4, min_size=0), uniform_quantize(8, min_size=0)),
     chain(identity(), identity()),
-    chain(chain(top_k(0.3, min_size=0), identity()), uniform_quantize(7, min_size=0)),
     tff_8bit(),
+    lossless(),
+]
+# As well, and their sizes depend on values.
+BY_VALUE = [
+    top_k(0.004, min_size=0),
+    chain(top_k(0.1, min_size=2), uniform_quantize(8, min_size=2)),
+    chain(top_k(0.5, min_size=2), top_k(0.5, min_size=2), uniform_quantize(3, min_size=2)),
+    chain(chain(top_k(0.3, min_size=0), identity()), uniform_quantize(7, min_size=0)),
+    *(
+        chain(uniform_quantize(6, min_size=2), code)
+        for code in (elias_gamma(), elias_delta(), rice(), rice(1), zero_runs(), huffman(), ans())
+    ),
+    chain(top_k(0.1, min_size=2), uniform_quantize(8, min_size=2), ans()),
 ]
 # They keep a single element that is not zero.
 SPARING = [
@@ -73,7 +89,6 @@ OTHERS = [
     uniform_quantize(4, min_size=2, range="common"),
     scaled_sign(min_size=0),
     tern_grad(min_size=2),
-    sparse_ternary(0.1, min_size=0),
     hadamard_rotation(min_size=0),
     drive(min_size=0),
     eden(3, scale="mmse", block=64, min_size=2),
@@ -82,9 +97,14 @@ OTHERS = [
     rand_k(0.3, min_size=0),
     rand_k(0.3, common=False, unbiased=False, min_size=2),
     chain(hadamard_rotation(64, min_size=2), rand_k(0.5, min_size=0), qsgd(3, min_size=2)),
+]
+OTHERS_BY_VALUE = [
+    sparse_ternary(0.1, min_size=0),
     chain(top_k(0.1, min_size=0), hadamard_rotation(min_size=2), scaled_sign(min_size=0)),
 ]
-CODECS = [*BOUNDED, *SPARING, *OTHERS]
+STATIC = [*BOUNDED, *SPARING, *OTHERS]
+BOUNDED = [*BOUNDED, *BY_VALUE]
+CODECS = [*BOUNDED, *SPARING, *OTHERS, *OTHERS_BY_VALUE]
 
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 
@@ -143,6 +163,11 @@ def jitted_encode(codec):
     return jax.jit(lambda value: encode(codec, one(keys(), 0), value))
 
 
+@functools.cache
+def jitted_bits(codec):
+    return jax.jit(codec.bits)
+
+
 def as_bytes(tree) -> list[tuple]:
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return [(array.dtype, array.shape, array.tobytes()) for array in arrays]
@@ -168,9 +193,15 @@ def test_bits_are_the_bytes_that_travel(codec, encoded):
     for client in range(CLIENTS):
         message = one(messages, client)
         bits = 8 * len(to_bytes(codec, message))
-        assert int(codec.bits(message)) == bits
-        assert int(one(counted, client)) == bits
-    assert int(codec.bits(jax.eval_shape(lambda: one(messages, 0)))) == bits
+        assert int(one(counted, client)) == bits or not codec.traits.exact_bits
+        assert int(one(counted, client)) >= bits
+
+
+@pytest.mark.parametrize("codec", STATIC, ids=lambda codec: codec.name)
+def test_sizes_that_follow_from_shapes_need_no_values(codec, encoded):
+    message = one(encoded(codec), 0)
+    types = jax.eval_shape(lambda: message)
+    assert int(codec.bits(types)) == int(codec.bits(message))
 
 
 @each_codec
@@ -263,7 +294,7 @@ def test_state_and_hints_of_stateless_codecs_are_empty(codec):
     assert codec.hints(()) == ()
 
 
-@pytest.mark.parametrize("codec", CODECS[:8], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", [*STATIC[:7], top_k(0.004, min_size=0)], ids=lambda c: c.name)
 def test_message_without_payload_counts_its_side_alone(codec, encoded):
     """A chain counts its earlier stages so."""
     message = one(encoded(codec), 0)
@@ -282,7 +313,7 @@ def test_any_tensor_survives_the_wire(codec, value):
     """NaN with any payload, infinities, subnormals and negative zeros among them."""
     message = jitted_encode(codec)(value)
     written = to_bytes(codec, message)
-    assert 8 * len(written) == int(codec.bits(message))
+    assert 8 * len(written) == int(jitted_bits(codec)(message)) or not codec.traits.exact_bits
     assert as_bytes(from_bytes(codec, written, message)) == as_bytes(message)
 
 
@@ -300,7 +331,7 @@ def test_bytes_of_the_wrong_length_are_refused(codec, cut):
     message = jitted_encode(codec)(jnp.arange(8.0))
     written = to_bytes(codec, message)
     wrong = written[:cut] if cut < 0 else written + b"\0"
-    with pytest.raises(ValueError, match=r"expected \d+ bytes"):
+    with pytest.raises(ValueError, match="expected"):
         from_bytes(codec, wrong, message)
 
 

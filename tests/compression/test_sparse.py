@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_core.compression import Keys, from_bytes, to_bytes, top_k
+from fedjax_core.compression import Keys, top_k
 from fedjax_core.compression.sparse import largest_positions
 from fedjax_core.errors import CodecError
 
@@ -138,34 +138,6 @@ def test_contraction(values, fraction):
     error = np.asarray(jitted_round_trip(fraction)(x), np.float64) - x
     bound = (1 - np.ceil(fraction * 10) / 10) * np.sum(x.astype(np.float64) ** 2)
     assert np.sum(error**2) <= bound * (1 + 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("size", "fraction", "position_bits"),
-    [
-        (1_663_370, 0.01, 16_634 * 21),  # 349,314 < 1,663,370: indices
-        (51_200, 0.1, 51_200),  # 5,120 * 16 = 81,920: a mask is shorter
-        (1_605_632, 0.1, 1_605_632),
-        (4_096, 0.01, 41 * 12),  # 492 bits
-        (1, 1.0, 0),  # the only position needs no bits
-    ],
-)
-def test_positions_take_the_shorter_form(size, fraction, position_bits):
-    """Every index is counted, not one for all: reference case 6 and section 3."""
-    codec = top_k(fraction, min_size=0)
-    template = jax.ShapeDtypeStruct((size,), jnp.float32)
-    message = jax.eval_shape(lambda v: encode(codec, v), template)
-    values = 32 * message.payload.values.shape[0]
-    assert int(codec.bits(message)) == values + 8 * -(-position_bits // 8)
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.9])
-def test_both_forms_of_positions_come_back(fraction):
-    codec = top_k(fraction, min_size=0)
-    message = encode(codec, jax.random.normal(jax.random.key(0), (1_001,)))
-    assert message.side[0].is_mask == (fraction == 0.9)
-    read = from_bytes(codec, to_bytes(codec, message), message)
-    np.testing.assert_array_equal(read.side[0].indices, message.side[0].indices)
 
 
 @pytest.mark.parametrize(
