@@ -44,6 +44,7 @@ else:
     from fedjax_core.compression.sampled import rand_k as rand_k
     from fedjax_core.compression.signs import scaled_sign as scaled_sign
     from fedjax_core.compression.sparse import top_k as top_k
+    from fedjax_core.compression.stepped import step_quantize as step_quantize
     from fedjax_core.compression.ternary import sparse_ternary as sparse_ternary
     from fedjax_core.compression.ternary import tern_grad as tern_grad
     from fedjax_core.compression.uniform import tff_8bit as tff_8bit

@@ -24,9 +24,10 @@ from fedjax_core.compression.chain import chain
 from fedjax_core.compression.gaussian import bounded_levels
 from fedjax_core.compression.hadamard import hadamard_rotation
 from fedjax_core.compression.numerics import divisor, finite, is_drawn, wide
+from fedjax_core.compression.positions import Positions
 from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
 from fedjax_core.compression.sparse import largest_positions
-from fedjax_core.compression.wire import Positions, Symbols
+from fedjax_core.compression.wire import Symbols
 from fedjax_core.errors import CodecError
 
 # One element in so many is sent as it is.

@@ -57,3 +57,9 @@ def is_drawn(key: jax.Array, probability: jax.Array) -> jax.Array:
     """Independent draws that are True with `probability`, in [0, 1), exact to 2**-32."""
     remainder = (probability * 2.0**32).astype(jnp.uint32)
     return jax.random.bits(key, probability.shape, jnp.uint32) < remainder
+
+
+def centered_uniform(key: jax.Array, like: jax.Array) -> jax.Array:
+    """Uniform in [-1/2, 1/2), a multiple of 2**-24, in the shape and dtype of `like`."""
+    draw = jax.random.bits(key, like.shape, jnp.uint32) >> 8
+    return draw.astype(like.dtype) * 2.0**-24 - 0.5

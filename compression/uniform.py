@@ -27,7 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
-from fedjax_core.compression.numerics import finite, round_stochastically, wide
+from fedjax_core.compression.numerics import (
+    centered_uniform,
+    finite,
+    round_stochastically,
+    wide,
+)
 from fedjax_core.compression.packing import PackingName
 from fedjax_core.compression.selection import (
     check_min_size,
@@ -159,7 +164,7 @@ class _Grid:
         low, high = bounds[0], bounds[1]
         level = symbols.codes.astype(bounds.dtype)
         if self.rounding == "dither":
-            level = level + _dither(key, level)
+            level = level + centered_uniform(key, level)
         value = 2 * (0.5 * low + level * self._half_step(bounds))
         if self.rounding != "dither":
             value = jnp.where(symbols.codes == self.last, high, value)
@@ -169,7 +174,7 @@ class _Grid:
         if self.rounding == "stochastic":
             return round_stochastically(key, position)
         if self.rounding == "dither":
-            return jnp.round(position - _dither(key, position))
+            return jnp.round(position - centered_uniform(key, position))
         return jnp.round(position)
 
     def _half_step(self, bounds: jax.Array) -> jax.Array:
@@ -214,12 +219,6 @@ def _bounds(tensors: list[jax.Array]) -> jax.Array:
         for end in (jnp.min, jnp.max)
     )
     return jnp.stack([jnp.min(low), jnp.max(high)])
-
-
-def _dither(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Uniform in [-1/2, 1/2), in the shape and dtype of `like`."""
-    draw = jax.random.bits(key, like.shape, jnp.uint32) >> 8
-    return draw.astype(like.dtype) * 2.0**-24 - 0.5
 
 
 def _check_bits(bits: int) -> int:
