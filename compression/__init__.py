@@ -32,13 +32,16 @@ else:
     from fedjax_core.compression.coding import huffman as huffman
     from fedjax_core.compression.coding import rice as rice
     from fedjax_core.compression.coding import zero_runs as zero_runs
+    from fedjax_core.compression.common_seed import common_seed as common_seed
     from fedjax_core.compression.eden import drive as drive
     from fedjax_core.compression.eden import eden as eden
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
+    from fedjax_core.compression.fixed_point import fixed_point as fixed_point
     from fedjax_core.compression.hadamard import hadamard_rotation as hadamard_rotation
     from fedjax_core.compression.lossless import lossless as lossless
+    from fedjax_core.compression.memory import error_feedback as error_feedback
     from fedjax_core.compression.positions import Positions as Positions
     from fedjax_core.compression.qsgd import qsgd as qsgd
     from fedjax_core.compression.sampled import rand_k as rand_k

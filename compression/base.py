@@ -77,11 +77,13 @@ class Traits(NamedTuple):
     Attributes:
       unbiased: E Q(x) = x over the keys.
       contractive: E |Q(x) - x|^2 <= (1 - d) |x|^2 with some d > 0 (what error feedback needs).
-      linear: encoding is linear and the messages of all senders may be summed before they are
+      linear: decoding is linear, and the messages of all senders may be summed before they are
         decoded; such a codec sends no side information.
       summable: the payloads of all senders may be summed as they are (what secure sums need).
       exact_bits: `Codec.bits` is the exact size and not a bound.
       needs_seed: the receiver needs the sender's own key to decode.
+      independent: given the values, the errors of senders with keys of their own are independent
+        of each other, or not random at all, so that a mean makes them smaller.
     """
 
     unbiased: bool = False
@@ -90,6 +92,7 @@ class Traits(NamedTuple):
     summable: bool = False
     exact_bits: bool = True
     needs_seed: bool = False
+    independent: bool = True
 
 
 class Codec(NamedTuple):

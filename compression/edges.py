@@ -1,6 +1,7 @@
 """Codecs on edges: what is encoded, sent, decoded and finished, written with the operators.
 
 uplink    = broadcast of hints + map of encode + sum of decoded messages + map of finish
+  secure:   broadcast of hints + map of encode + secure sum of messages + map of decode and finish
 downlink  = map of encode at the server + broadcast of the message, decoded by each client
 """
 
@@ -11,6 +12,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from fedjax_core.bits import BitCount
+from fedjax_core.compression import wire
 from fedjax_core.compression.base import Codec, Keys, Message, Report
 from fedjax_core.compression.contract import checked
 from fedjax_core.errors import CodecError
@@ -18,10 +21,12 @@ from fedjax_core.language import inference, types
 from fedjax_core.language.messages import Received, broadcast_message, sum_messages
 from fedjax_core.language.operators import (
     federated_broadcast,
+    federated_count,
     federated_map,
     federated_value,
 )
 from fedjax_core.language.placements import CLIENTS
+from fedjax_core.language.secure import federated_secure_sum
 from fedjax_core.language.tracing import Value
 
 
@@ -69,6 +74,7 @@ def uplink(
     value: Value,
     *,
     present: Value | None = None,
+    secure: bool = False,
     name: str = "update",
 ) -> tuple[Value, Value, Value]:
     """Sums the clients' values through a codec: `{T}@CLIENTS -> T@SERVER`.
@@ -79,13 +85,21 @@ def uplink(
       server: the codec's state, at the server.
       memory: what each sender remembers, at the clients.
       value: at the clients.
-      present: bool at the clients; one that is False sends no bits and keeps its memory.
+      present: bool at the clients; one that is False sends no bits and keeps its memory. In a
+        secure sum it sends zeros, which nobody can tell from other messages.
+      secure: whether messages go through `federated_secure_sum`, so that the server sees nothing
+        but their sum, which it decodes once.
       name: of the edge.
 
     Returns:
       `(server, memory, total)`.
+
+    Raises:
+      CodecError: the codec breaks its contract, or its messages do not add and the sum is secure.
     """
     codec = checked(codec)
+    if secure:
+        check_adds(codec)
     hints = _hints(codec, server)
     member_keys = federated_map(Keys, (keys.shared, keys.client))
 
@@ -100,6 +114,10 @@ def uplink(
         return codec.finish(key, server, received.total, report)
 
     new_memory, message = federated_map(encode, member_keys, memory, hints, value)
+    if secure:
+        server, total = _secure_total(codec, keys.server, server, message, present, name)
+        _check_decoded(codec, value, total)
+        return server, _kept(present, new_memory, memory), total
     received = sum_messages(
         message,
         codec=codec.name,
@@ -112,6 +130,69 @@ def uplink(
     server, total = federated_map(finish, keys.server, server, received)
     _check_decoded(codec, value, total)
     return server, _kept(present, new_memory, memory), total
+
+
+def check_adds(codec: Codec) -> None:
+    """Raises unless the messages of a codec may be summed before anyone decodes them.
+
+    Raises:
+      CodecError: it lacks a trait that a secure sum needs.
+    """
+    traits = codec.traits
+    reasons = {
+        "its messages carry what belongs to one sender (a scale, positions, a code of its own "
+        "length), so their sum means nothing": not traits.summable,
+        "the server has to decode each message by itself": not traits.linear,
+        "the server needs each sender's own key": traits.needs_seed,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise CodecError(
+                f"expected a codec whose messages add under a secure sum, got {codec.name}: "
+                f"{reason}; use fixed_point(8), alone or behind hadamard_rotation(min_size=0) or "
+                "rand_k(..., min_size=0), without an entropy code, or sum in clear."
+            )
+
+
+def _secure_total(
+    codec: Codec, key: Value, server: Value, message: Value, present: Value | None, name: str
+) -> tuple[Value, Value]:
+    """What the server makes of the secure sum of all messages, and the codec's state."""
+    template = inference.template(cast(types.FederatedType, message.type_signature).member)
+    bounds = [_bounds(codec, leaf) for leaf in wire.leaves((template.payload, template.stats))]
+    everyone = federated_value(True, CLIENTS) if present is None else present
+
+    def sent(message: Message, present: jax.Array) -> tuple[Any, Any]:
+        parts = (message.payload, message.stats)
+        return jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), parts)
+
+    sums = federated_secure_sum(
+        federated_map(sent, message, everyone),
+        [highest for _, highest in bounds],
+        min_input=[lowest for lowest, _ in bounds],
+        name=name,
+    )
+    count = federated_count() if present is None else federated_count(present)
+
+    def finish(key: jax.Array, server: Any, sums: tuple[Any, Any], count: jax.Array) -> Any:
+        payload, stats = sums
+        report = Report(count, BitCount.zero(), stats)
+        total = codec.decode(Keys(key, key), codec.hints(server), Message(payload, (), stats))
+        return codec.finish(key, server, total, report)
+
+    return federated_map(finish, key, server, sums, count)
+
+
+def _bounds(codec: Codec, leaf: Any) -> tuple[int, int]:
+    """The ends of the symbols of a tensor."""
+    if not isinstance(leaf, wire.Symbols):
+        raise CodecError(
+            f"expected nothing but symbols in a message under a secure sum, got {leaf.dtype} of "
+            f"shape {leaf.shape} from {codec.name}; quantise all tensors, with min_size=0, and "
+            "send no integers through it."
+        )
+    highest = (1 << (leaf.width - leaf.is_signed)) - 1
+    return (-highest if leaf.is_signed else 0), highest
 
 
 def _hints(codec: Codec, server: Value) -> Value:

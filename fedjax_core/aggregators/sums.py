@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from fedjax_core.aggregators.base import Aggregator, Measurements, is_present
 from fedjax_core.compression.base import Codec
-from fedjax_core.compression.edges import PlacedKeys, uplink
-from fedjax_core.errors import ArgumentError
+from fedjax_core.compression.edges import PlacedKeys, check_adds, uplink
+from fedjax_core.errors import ArgumentError, CodecError
 from fedjax_core.language.operators import (
     divide,
     federated_count,
@@ -23,28 +23,29 @@ from fedjax_core.language.operators import (
 from fedjax_core.language.tracing import Value
 
 
-def sum(codec: Codec | None = None) -> Aggregator:
+def sum(codec: Codec | None = None, *, secure: bool = False) -> Aggregator:
     """The sum of the clients' values, weights ignored.
 
     Args:
       codec: what encodes each client's value on the way up; None sends it raw.
+      secure: whether the server sees the sum of the messages alone; see `compression.uplink`.
 
     Returns:
       An aggregator that measures `{"sum": {"num_clients"}}`.
     """
-    init = _codec_init(codec, jnp.number, "numbers to sum")
+    init = _codec_init(codec, secure, jnp.number, "numbers to sum")
 
     def aggregate(
         keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
     ) -> tuple[Value, Value, Value, Measurements]:
         present = is_present(weight)
-        server, memory, total = _sum(codec, keys, server, memory, value, present)
+        server, memory, total = _sum(codec, secure, keys, server, memory, value, present)
         return server, memory, total, {"sum": {"num_clients": federated_count(present)}}
 
     return Aggregator(False, init, aggregate)
 
 
-def mean(codec: Codec | None = None) -> Aggregator:
+def mean(codec: Codec | None = None, *, secure: bool = False) -> Aggregator:
     """The weighted mean: ``sum_k w_k x_k / sum_k w_k``, zero if the weights sum to zero.
 
     The value is multiplied by its weight before the codec, so that one common step of a quantiser
@@ -52,6 +53,7 @@ def mean(codec: Codec | None = None) -> Aggregator:
 
     Args:
       codec: what encodes each client's weighted value on the way up; None sends it raw.
+      secure: whether the server sees the sum of the messages alone; see `compression.uplink`.
 
     Returns:
       An aggregator that measures `{"mean": {"num_clients", "total_weight"}}`.
@@ -62,20 +64,21 @@ def mean(codec: Codec | None = None) -> Aggregator:
     ) -> tuple[Value, Value, Value, Measurements]:
         present = is_present(weight)
         weighted = federated_map(multiply, value, weight)
-        server, memory, total = _sum(codec, keys, server, memory, weighted, present)
+        server, memory, total = _sum(codec, secure, keys, server, memory, weighted, present)
         total_weight = federated_sum(weight, present=present, name="weight")
         measurements = {"num_clients": federated_count(present), "total_weight": total_weight}
         return server, memory, federated_map(divide, total, total_weight), {"mean": measurements}
 
-    init = _codec_init(codec, jnp.inexact, "floating-point numbers to average")
+    init = _codec_init(codec, secure, jnp.inexact, "floating-point numbers to average")
     return Aggregator(True, init, aggregate)
 
 
-def unweighted_mean(codec: Codec | None = None) -> Aggregator:
+def unweighted_mean(codec: Codec | None = None, *, secure: bool = False) -> Aggregator:
     """The plain mean over the clients that take part, zero if there are none.
 
     Args:
       codec: what encodes each client's value on the way up; None sends it raw.
+      secure: whether the server sees the sum of the messages alone; see `compression.uplink`.
 
     Returns:
       An aggregator that measures `{"unweighted_mean": {"num_clients"}}`.
@@ -85,19 +88,32 @@ def unweighted_mean(codec: Codec | None = None) -> Aggregator:
         keys: PlacedKeys, server: Value, memory: Value, value: Value, weight: Value
     ) -> tuple[Value, Value, Value, Measurements]:
         present = is_present(weight)
-        server, memory, total = _sum(codec, keys, server, memory, value, present)
+        server, memory, total = _sum(codec, secure, keys, server, memory, value, present)
         count = federated_count(present)
         average = federated_map(divide, total, count)
         return server, memory, average, {"unweighted_mean": {"num_clients": count}}
 
-    init = _codec_init(codec, jnp.inexact, "floating-point numbers to average")
+    init = _codec_init(codec, secure, jnp.inexact, "floating-point numbers to average")
     return Aggregator(False, init, aggregate)
 
 
-def _codec_init(codec: Codec | None, kind: Any, expected: str) -> Any:
+def _codec_init(codec: Codec | None, secure: bool, kind: Any, expected: str) -> Any:
     if codec is not None and not isinstance(codec, Codec):
         raise ArgumentError(
             f"Expected a codec such as uniform_quantize(8), or None, got {codec!r}."
+        )
+    if secure and codec is None:
+        raise ArgumentError(
+            "Expected a codec that makes integers for a secure sum, got None; pass codec=, such as "
+            "fixed_point(8)."
+        )
+    if codec is not None and secure:
+        check_adds(codec)
+    if codec is not None and not codec.traits.independent and kind is jnp.inexact:
+        raise CodecError(
+            f"Expected a codec whose errors average out, got {codec.name}: all clients would round "
+            "with one seed, and the mean would keep the error of a single one; let each draw from "
+            "its own key, without common_seed."
         )
 
     def init(template: Any) -> tuple[Any, Any]:
@@ -118,6 +134,7 @@ def _check_kind(template: Any, kind: Any, expected: str) -> None:
 
 def _sum(
     codec: Codec | None,
+    secure: bool,
     keys: PlacedKeys,
     server: Value,
     memory: Value,
@@ -126,4 +143,4 @@ def _sum(
 ) -> tuple[Value, Value, Value]:
     if codec is None:
         return server, memory, federated_sum(value, present=present, name="update")
-    return uplink(codec, keys, server, memory, value, present=present)
+    return uplink(codec, keys, server, memory, value, present=present, secure=secure)

@@ -25,10 +25,10 @@ from fedjax_core.language.program import (
     Extreme,
     Op,
     Program,
+    SecurePart,
     SecureSum,
     Sum,
-    secure_base_bits,
-    secure_elements,
+    secure_parts,
     type_bits,
 )
 from fedjax_core.language.secure import SecureTotal
@@ -356,12 +356,23 @@ def message_bits(program: Program, op: Edge, num_clients: Any) -> BitCount:
     """The size of one raw message on an edge, up or down, in a cohort of `num_clients`."""
     member = cast(FederatedType, program.ops[op.inputs[0]].type).member
     if isinstance(op, SecureSum):
-        base = BitCount.of(secure_base_bits(op, member))
-        growth = BitCount.of(secure_elements(op, member)).times(_log2_ceil(num_clients))
-        return base + growth
+        parts = secure_parts(op, member)
+        counts = [BitCount.of(x.size).times(_secure_width(x, num_clients)) for x in parts]
+        return sum(counts, BitCount.zero())
     return BitCount.of(type_bits(program.message_type(op)))
 
 
-def _log2_ceil(n: Any) -> jax.Array:
-    n = jnp.asarray(n, jnp.int32)
-    return jnp.where(n > 1, 32 - lax.clz(n - 1), 0).astype(jnp.uint32)
+def _secure_width(part: SecurePart, num_clients: Any) -> jax.Array:
+    """The bits of one number of a secure sum over `num_clients`, as `secure_sum_bits` has them."""
+    if part.span is None:
+        return jnp.uint32(part.width)
+    clients = jnp.maximum(jnp.asarray(num_clients, jnp.uint32), 1)
+    # A span may have 62 bits, so the product has three words.
+    carry, lowest = BitCount.of(part.span & 0xFFFFFFFF).times(clients)
+    highest, middle = BitCount.of(part.span >> 32).times(clients) + BitCount(
+        jnp.zeros_like(carry), carry
+    )
+    width = jnp.uint32(0)
+    for place, word in enumerate((lowest, middle, highest)):
+        width = jnp.where(word > 0, np.uint32(32 * (place + 1)) - lax.clz(word), width)
+    return width

@@ -85,7 +85,9 @@ def _infer(value: Any, at: _Position) -> Type:
         raise FederatedTypeError(
             f"Expected a value{at_path(at.path)}, got the type {value!r}; use to_type for types."
         )
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    # A registered pytree is a struct, even if it has a dtype and a shape of its own.
+    is_leaf = jax.tree_util.all_leaves([value])
+    if is_leaf and hasattr(value, "dtype") and hasattr(value, "shape"):
         return _array_type(value, at)
     if isinstance(value, bool | int | float | complex | str | bytes):
         _check_axes(value, (), at)

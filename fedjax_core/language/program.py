@@ -8,7 +8,7 @@ clients axis. Printing it shows one operation a line:
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -334,33 +334,51 @@ def goes_up(op: Op) -> bool:
     return isinstance(op, Sum | Count | Extreme | SecureSum | Aggregate | Collect)
 
 
+class SecurePart(NamedTuple):
+    """Numbers of a secure sum that travel alike.
+
+    Attributes:
+      size: how many.
+      span: of a bounded one the largest distance of two values; of a modular one None.
+      width: bits of a value by itself.
+    """
+
+    size: int
+    span: int | None
+    width: int
+
+
+def secure_parts(op: SecureSum, member: Type) -> list[SecurePart]:
+    """What one client sends for a secure sum of values of type `member`.
+
+    Where the values out of bounds are counted, so are the two counts, each at most all numbers.
+    """
+    sizes = [leaf.size for leaf in jax.tree.leaves(inference.template(member))]
+    if op.modulus is not None:
+        widths = [log2_ceil(modulus) for modulus in op.modulus]
+        parts = [SecurePart(size, None, width) for size, width in zip(sizes, widths, strict=True)]
+    else:
+        spans = [upper - lower for lower, upper in zip(op.lower, op.upper, strict=True)]
+        parts = [
+            SecurePart(n, span, span.bit_length()) for n, span in zip(sizes, spans, strict=True)
+        ]
+    if op.is_checked:
+        return parts
+    return [*parts, SecurePart(2, sum(sizes), sum(sizes).bit_length())]
+
+
 def secure_sum_bits(op: SecureSum, member: Type, num_clients: int) -> int:
     """The bits that one of `num_clients` clients sends for a secure sum of values of type `member`.
 
     An element takes a number of the field that the sum is computed in. That of a modular sum is
-    known; that of a bounded one has to hold the sum over all clients: `ceil(log2(num_clients))`
-    bits more than a value. Where the values out of bounds are counted, so have the two counts.
+    known; that of a bounded one has to hold the sum over n clients: ``ceil(log2(n * span + 1))``
+    bits, where two values differ by at most `span`.
     """
-    return secure_base_bits(op, member) + secure_elements(op, member) * log2_ceil(num_clients)
-
-
-def secure_base_bits(op: SecureSum, member: Type) -> int:
-    """The part of `secure_sum_bits` that does not depend on the number of clients."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(inference.template(member))]
-    if op.modulus is not None:
-        widths = [log2_ceil(modulus) for modulus in op.modulus]
-    else:
-        pairs = zip(op.lower, op.upper, strict=True)
-        widths = [(upper - lower).bit_length() for lower, upper in pairs]
-    bits = sum(size * width for size, width in zip(sizes, widths, strict=True))
-    return bits if op.is_checked else bits + 2 * sum(sizes).bit_length()
-
-
-def secure_elements(op: SecureSum, member: Type) -> int:
-    """How many numbers of a secure sum grow by a bit with each doubling of the clients."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(inference.template(member))]
-    counts = 0 if op.is_checked else 2
-    return counts if op.modulus is not None else sum(sizes) + counts
+    clients = max(num_clients, 1)
+    return sum(
+        part.size * (part.width if part.span is None else (clients * part.span).bit_length())
+        for part in secure_parts(op, member)
+    )
 
 
 def log2_ceil(n: int) -> int:
