@@ -39,6 +39,10 @@ else:
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
     from fedjax_core.compression.fixed_point import fixed_point as fixed_point
+    from fedjax_core.compression.framing import Frame as Frame
+    from fedjax_core.compression.framing import frame as frame
+    from fedjax_core.compression.framing import frame_bits as frame_bits
+    from fedjax_core.compression.framing import unframe as unframe
     from fedjax_core.compression.hadamard import hadamard_rotation as hadamard_rotation
     from fedjax_core.compression.lossless import lossless as lossless
     from fedjax_core.compression.memory import error_feedback as error_feedback

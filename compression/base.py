@@ -126,6 +126,12 @@ class Codec(NamedTuple):
     to_bytes: Callable[[Message], bytes]
     from_bytes: Callable[[Message, bytes], tuple[Message, bytes]]
 
+    def transport(self, like: Message) -> tuple[Callable[[Message, int], Message], int]:
+        """How messages like `like` travel as frames; see `framing.transport`."""
+        from fedjax_core.compression import framing  # which is about codecs
+
+        return framing.transport(self, like)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

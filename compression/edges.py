@@ -125,6 +125,7 @@ def uplink(
         bits=codec.bits,
         context=(member_keys, hints),
         present=present,
+        transport=codec.transport,
         name=name,
     )
     server, total = federated_map(finish, keys.server, server, received)
@@ -254,6 +255,7 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
         receive=receive,
         bits=codec.bits,
         context=(keys.shared,),
+        transport=codec.transport,
         name=name,
     )
     _check_decoded(codec, value, decoded)

@@ -15,7 +15,7 @@ from jax import lax
 
 from fedjax_core.bits import BitCount
 from fedjax_core.execution import accumulators, collectives
-from fedjax_core.execution.evaluation import call_local, mask, select
+from fedjax_core.execution.evaluation import call_local, mask, pinned, select
 from fedjax_core.language import inference
 from fedjax_core.language.messages import Received
 from fedjax_core.language.program import (
@@ -114,7 +114,7 @@ def _sum_contribute(op: Sum, inputs: list[Any], is_valid: jax.Array) -> Partial:
     count = _one_if(present)
     if op.codec is None:
         return Partial(mask(present, message), count)
-    value, stats = call_local(op.codec.receive, *context, message)
+    value, stats = pinned(call_local(op.codec.receive, *context, pinned(message)))
     bits = call_local(op.codec.bits, message)
     return Partial(mask(present, value), count, mask(present, bits), mask(present, stats))
 

@@ -17,6 +17,7 @@ from fedjax_core.execution import lowering, reference, sharding, waves
 from fedjax_core.execution.calling import Interface, out_of_bounds, to_user
 from fedjax_core.execution.config import HOST_DRIVEN, Execution
 from fedjax_core.execution.lowering import Outcome
+from fedjax_core.execution.transport import wired
 from fedjax_core.language import feeding, inference, results, types
 from fedjax_core.language.arguments import bind_arguments
 from fedjax_core.language.bodies import bind_functions, inline, trace_program
@@ -158,8 +159,8 @@ class Computation(TypedFunction):
           A function `(*args, valid=None, num_clients=None) -> (result, ledger)`: the arguments are
           `Federated` values (plain ones where they are unplaced) in the order of the program's
           parameters, and so are the leaves of the result. `valid` is bool `[clients]`, False for
-          padding. `ledger` is a tuple of `BitCount`, one for each of `program.edges`: what this run
-          sent over it. A secure sum clips what is out of its bounds.
+          padding. `ledger` is a tuple of `BitCount`, one for each edge of `program_run_by`: what
+          this run sent over it. A secure sum clips what is out of its bounds.
         """
         if not isinstance(execution, Execution):
             raise ArgumentError(
@@ -169,16 +170,27 @@ class Computation(TypedFunction):
 
         def lowered(*args: Any, valid: Any = None, num_clients: int | None = None) -> Any:
             outcome = self._evaluate(args, valid, num_clients, execution)
-            ledger = tuple(outcome.ledger[i] for i, _ in self.program.edges)
+            ledger = tuple(outcome.ledger[i] for i, _ in self.program_run_by(execution).edges)
             return _wrap(self.program, outcome.values), ledger
 
         lowered.__name__ = self.program.name
         return lowered
 
+    def program_run_by(self, execution: Execution) -> Program:
+        """The program that an execution runs: with `wire`, the one whose messages are bytes.
+
+        Args:
+          execution: how it is to run.
+
+        Returns:
+          `program` itself, or one with more edges behind those of `program`.
+        """
+        return wired(self.program) if execution.wire else self.program
+
     def _evaluate(
         self, args: Any, valid: Any, num_clients: int | None, execution: Execution
     ) -> Outcome:
-        program = self.program
+        program = self.program_run_by(execution)
         clients = self._interface.check(args, num_clients, valid)
         pairs = zip(program.parameters, args, strict=True)
         values = {i: _with_possible_lengths(_bare(arg)) for i, arg in pairs}

@@ -95,12 +95,14 @@ class Execution:
         the other axes hold the same clients.
       donate: whether `update` of an algorithm may reuse the memory of the state it is given, which
         is then gone for the caller.
+      wire: whether messages of codecs travel as the bytes of frames, written and read on the host.
+        It is slow, and gives the same values, to the bit on CPU; it proves what the ledger counts,
+        which gains rows named "framing". See `compression.frame`.
       tuning: the measurements that led to this choice, if `tune` made it; they change nothing.
 
     Raises:
-      ArgumentError: for a mode or a number of lanes that does not exist, another `donate` than a
-        bool, an axis that the mesh does
-        not have, or a mesh in the reference mode.
+      ArgumentError: for a mode or a number of lanes that does not exist, another `donate` or `wire`
+        than a bool, an axis that the mesh does not have, or a mesh in the reference mode.
 
     Examples:
       >>> mesh = jax.make_mesh((1,), ("clients",))
@@ -113,6 +115,7 @@ class Execution:
     mesh: Mesh | None = None
     axis: str | tuple[str, ...] = "clients"
     donate: bool = False
+    wire: bool = False
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +129,8 @@ class Execution:
             )
         if not isinstance(self.donate, bool):
             raise ArgumentError(f"Expected donate to be True or False, got {self.donate!r}.")
+        if not isinstance(self.wire, bool):
+            raise ArgumentError(f"Expected wire to be True or False, got {self.wire!r}.")
         if self.tuning is not None and not isinstance(self.tuning, Tuning):
             raise ArgumentError(
                 f"Expected tuning to be the measurements that tune made, got {self.tuning!r}; "
@@ -214,8 +219,9 @@ class Execution:
           tuning: whether the measurements are in it.
 
         Examples:
-          >>> Execution(lanes=4).to_dict()
-          {'mode': 'auto', 'lanes': 4, 'axis': 'clients', 'donate': False, 'mesh': None}
+          >>> Execution(lanes=4).to_dict()  # doctest: +NORMALIZE_WHITESPACE
+          {'mode': 'auto', 'lanes': 4, 'axis': 'clients', 'donate': False, 'wire': False,
+           'mesh': None}
         """
         mesh = self.mesh
         record: dict[str, Any] = {
@@ -223,6 +229,7 @@ class Execution:
             "lanes": self.lanes,
             "axis": self.axis if isinstance(self.axis, str) else list(self.axis),
             "donate": self.donate,
+            "wire": self.wire,
             "mesh": None if mesh is None else dict(mesh.shape),
         }
         if tuning and self.tuning is not None:
@@ -245,7 +252,7 @@ class Execution:
           >>> Execution.from_dict(Execution(lanes=4).to_dict()) == Execution(lanes=4)
           True
         """
-        known = {"mode", "lanes", "axis", "donate", "mesh", "tuning"}
+        known = {"mode", "lanes", "axis", "donate", "wire", "mesh", "tuning"}
         if not isinstance(record, Mapping) or not {"mode", "lanes"} <= record.keys() <= known:
             raise ArgumentError(
                 f"Expected what Execution.to_dict wrote, with mode and lanes and nothing but "
@@ -264,6 +271,7 @@ class Execution:
             mesh=mesh,
             axis=tuple(axis) if isinstance(axis, list) else axis,
             donate=record.get("donate", False),
+            wire=record.get("wire", False),
             tuning=_read_tuning(record.get("tuning")),
         )
 

@@ -26,6 +26,11 @@ from fedjax_core.language.program import Broadcast, Codec, Sum
 from fedjax_core.language.tracing import Value, current_builder, position_of
 from fedjax_core.language.types import FederatedType, TensorType, Type
 
+# From a message of `jax.ShapeDtypeStruct`: a function `(message, bits) -> message` of the host,
+# through the bytes of a frame, where `bits` is the size that the device counted; and what a frame
+# adds to it, in bits.
+Transport = Callable[[Any], tuple[Callable[[Any, int], Any], int]]
+
 
 class Received(NamedTuple):
     """What a sum of encoded messages gives at the server."""
@@ -43,6 +48,7 @@ def broadcast_message(
     receive: Callable[..., Any],
     bits: Callable[[Any], BitCount],
     context: tuple[Value, ...] = (),
+    transport: Transport | None = None,
     name: str = "value",
 ) -> Value:
     """Sends an encoded message to all clients, each of which decodes it.
@@ -53,13 +59,14 @@ def broadcast_message(
       receive: `(*context, message) -> value`, run at each client.
       bits: `(message) -> BitCount`.
       context: values at the clients that decoding needs and that they hold already.
+      transport: how messages become bytes, for runs that send these.
       name: of the edge.
     """
     what = "broadcast_message"
     builder = current_builder(what)
     message = placed(message, SERVER, what)
     context = tuple(placed(value, CLIENTS, what) for value in context)
-    edge = _edge_codec(codec, lambda *args: (receive(*args), ()), bits, context, message)
+    edge = _edge_codec(codec, lambda *args: (receive(*args), ()), bits, context, message, transport)
     member = _first_field(edge.receive.result)
     t = FederatedType(
         member, CLIENTS, all_equal=all(federated_type_of(c, what).all_equal for c in context)
@@ -80,12 +87,17 @@ def _edge_codec(
     bits: Callable[[Any], BitCount],
     context: tuple[Value, ...],
     message: Value,
+    transport: Transport | None,
 ) -> Codec:
     members = tuple(federated_type_of(value, name).member for value in (*context, message))
+    like = inference.template(members[-1])
+    travel, frame_bits = transport(like) if transport is not None else (None, 0)
     return Codec(
         name=name,
         receive=trace_local(receive, members, f"the decoder of {name}"),
         bits=trace_local(bits, members[-1:], f"the bit count of {name}"),
+        travel=travel,
+        frame_bits=frame_bits,
     )
 
 
@@ -97,6 +109,7 @@ def sum_messages(
     bits: Callable[[Any], BitCount],
     context: tuple[Value, ...] = (),
     present: Value | None = None,
+    transport: Transport | None = None,
     name: str = "value",
 ) -> Value:
     """Sums what the server decodes from the clients' encoded messages.
@@ -108,6 +121,7 @@ def sum_messages(
       bits: `(message) -> BitCount`.
       context: values at the clients that the server knows too (hints, keys derived from ids).
       present: bool at the clients; one that is False sends nothing.
+      transport: how messages become bytes, for runs that send these.
       name: of the edge.
 
     Returns:
@@ -117,7 +131,7 @@ def sum_messages(
     builder = current_builder(what)
     message = placed(message, CLIENTS, what)
     context = tuple(placed(value, CLIENTS, what) for value in context)
-    edge = _edge_codec(codec, receive, bits, context, message)
+    edge = _edge_codec(codec, receive, bits, context, message, transport)
     value_type, stats_type = edge.receive.result.children()
     if not inference.is_sum_compatible(value_type):
         raise FederatedTypeError(
@@ -176,6 +190,10 @@ class EdgeCodec(Protocol):
         """`(message) -> BitCount`."""
         ...
 
+    def transport(self, like: Any) -> tuple[Callable[[Any, int], Any], int]:
+        """See `Transport`."""
+        ...
+
 
 class _Keys(NamedTuple):
     """Keys that nothing may depend on."""
@@ -198,6 +216,7 @@ def sum_encoded(codec: EdgeCodec, value: Value, present: Value | None, name: str
         receive=lambda message: (codec.decode(_no_keys(), codec.hints(()), message), message.stats),
         bits=codec.bits,
         present=present,
+        transport=codec.transport,
         name=name,
     )
 
@@ -223,7 +242,14 @@ def broadcast_encoded(codec: EdgeCodec, value: Value, name: str) -> Value:
         return codec.finish(_no_keys().shared, (), summand, report)[1]
 
     message = federated_map(_encoder(codec), value)
-    return broadcast_message(message, codec=codec.name, receive=receive, bits=codec.bits, name=name)
+    return broadcast_message(
+        message,
+        codec=codec.name,
+        receive=receive,
+        bits=codec.bits,
+        transport=codec.transport,
+        name=name,
+    )
 
 
 def _no_keys() -> _Keys:

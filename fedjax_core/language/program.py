@@ -8,6 +8,7 @@ clients axis. Printing it shows one operation a line:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -28,11 +29,16 @@ class Codec:
       name: for printing.
       receive: `(*context, message) -> (value, stats)`, at the receiver of one message.
       bits: `(message) -> BitCount`, the exact size of one message.
+      travel: `(message, bits) -> message` on the host, through the bytes of a frame; None where
+        messages have no bytes.
+      frame_bits: what a frame adds to a message.
     """
 
     name: str
     receive: Local
     bits: Local
+    travel: Callable[[Any, int], Any] | None = None
+    frame_bits: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -220,7 +220,7 @@ def federated_learning(
         args = (Federated(bare, SERVER), *(Federated(x, CLIENTS) for x in at_clients))
         result, ledger = computation.lower(execution)(*args, valid=cohort.valid)
         values = jax.tree.map(lambda x: x.value, result, is_leaf=lambda x: isinstance(x, Federated))
-        communication = itemise(computation.program, ledger)
+        communication = itemise(computation.program_run_by(execution), ledger)
         metrics = Metrics(values.train, values.clients, values.aggregator, communication)
         clients = put_memory(state.clients, cohort, values.memory, execution)
         compiled.setdefault(_describe_shapes(cohort))
