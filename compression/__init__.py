@@ -47,6 +47,8 @@ else:
     from fedjax_core.compression.lossless import lossless as lossless
     from fedjax_core.compression.memory import error_feedback as error_feedback
     from fedjax_core.compression.positions import Positions as Positions
+    from fedjax_core.compression.presets import PRESETS as PRESETS
+    from fedjax_core.compression.presets import preset as preset
     from fedjax_core.compression.qsgd import qsgd as qsgd
     from fedjax_core.compression.sampled import rand_k as rand_k
     from fedjax_core.compression.signs import scaled_sign as scaled_sign

@@ -23,7 +23,7 @@ from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
 from fedjax_core.compression.chain import chain
 from fedjax_core.compression.gaussian import bounded_levels
 from fedjax_core.compression.hadamard import hadamard_rotation
-from fedjax_core.compression.numerics import divisor, finite, is_drawn, wide
+from fedjax_core.compression.numerics import finite, is_drawn, ratio, wide
 from fedjax_core.compression.positions import Positions
 from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
 from fedjax_core.compression.sparse import largest_positions
@@ -117,7 +117,7 @@ def _quantize(
     outliers = flat[positions]
     rest = flat.at[positions].set(0, indices_are_sorted=True, unique_indices=True)
     limit = jnp.max(jnp.abs(rest))
-    z = finite(rest / divisor(limit))
+    z = finite(ratio(rest, limit))
     table = jnp.asarray(levels, z.dtype)
     below = jnp.searchsorted(table[1:-1], z, side="right", method="compare_all")
     low, high = table[below], table[below + 1]

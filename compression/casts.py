@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
-from fedjax_core.compression.numerics import divisor, wide
+from fedjax_core.compression.numerics import ratio, wide
 from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
 from fedjax_core.compression.wire import Symbols
 
@@ -89,7 +89,7 @@ def float8(*, min_size: int = 20_000) -> Codec:
         del index
         x = wide(tensor)
         largest = jnp.max(jnp.abs(x))
-        cast = (x / divisor(largest) * limit).astype(jnp.float8_e4m3fn)
+        cast = (ratio(x, largest) * limit).astype(jnp.float8_e4m3fn)
         codes = jax.lax.bitcast_convert_type(cast, jnp.uint8)
         return Symbols(codes, 8, np.dtype(tensor.dtype)), largest
 

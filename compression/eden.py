@@ -32,7 +32,7 @@ from fedjax_core.compression.base import Codec, Keys, Message, Rotated, Traits, 
 from fedjax_core.compression.chain import chain
 from fedjax_core.compression.gaussian import lloyd_max, middles
 from fedjax_core.compression.hadamard import check_block, rotate, rotate_back
-from fedjax_core.compression.numerics import divisor, finite, norm
+from fedjax_core.compression.numerics import finite, norm, ratio
 from fedjax_core.compression.sampled import rand_k
 from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
 from fedjax_core.compression.wire import Symbols
@@ -155,7 +155,7 @@ def _quantize(blocks: jax.Array, bits: int, scale: Scale) -> tuple[jax.Array, ja
     """The codes of all blocks, and their scales ``[blocks, 1]``."""
     norms, size = norm(blocks), blocks.shape[1]
     # Of mean square 1, so that nothing below overflows.
-    z = finite(blocks / divisor(norms) * math.sqrt(size))
+    z = finite(ratio(blocks, norms) * math.sqrt(size))
     thresholds = jnp.asarray(middles(lloyd_max(bits)), z.dtype)
     codes = jnp.searchsorted(thresholds, z, side="right", method="compare_all")
     c = _levels(bits, z)[codes]

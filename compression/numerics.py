@@ -14,6 +14,17 @@ def divisor(scale: jax.Array) -> jax.Array:
     return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, jnp.ones_like(scale))
 
 
+def ratio(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale`: 1 or -1 exactly where the magnitudes agree, and about x where `scale` is tiny.
+
+    Compilers turn the division by one number into a product with its reciprocal, which rounds
+    twice, and flush the reciprocal of the largest numbers to zero. A quarter of them has one.
+    """
+    is_large = scale >= 4 * jnp.finfo(scale.dtype).tiny
+    quotient = (0.25 * x) / jnp.where(is_large, 0.25 * scale, 1)
+    return jnp.where(is_large & (jnp.abs(x) == scale), jnp.sign(x), quotient)
+
+
 def finite(position: jax.Array) -> jax.Array:
     """Zero in place of what is not finite: what that becomes as an integer differs by device."""
     return jnp.where(jnp.isfinite(position), position, jnp.zeros_like(position))
@@ -22,7 +33,7 @@ def finite(position: jax.Array) -> jax.Array:
 def mean_magnitude(tensor: jax.Array) -> jax.Array:
     """The mean of |x|, exact for constant magnitudes; NaN if an element is not finite."""
     largest = jnp.max(jnp.abs(tensor))
-    return largest * jnp.mean(jnp.abs(tensor) / divisor(largest))
+    return largest * jnp.mean(ratio(jnp.abs(tensor), largest))
 
 
 def norm(tensor: jax.Array) -> jax.Array:
@@ -32,7 +43,7 @@ def norm(tensor: jax.Array) -> jax.Array:
     an element is not finite.
     """
     largest = jnp.max(jnp.abs(tensor), axis=-1, keepdims=True)
-    scaled = tensor / divisor(largest)
+    scaled = ratio(tensor, largest)
     return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1, keepdims=True))
 
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
 from fedjax_core.compression.numerics import (
-    divisor,
     finite,
     norm,
+    ratio,
     round_stochastically,
     wide,
 )
@@ -112,7 +112,7 @@ def _quantize(
     """The symbols in the shape of the tensor, and the norms ``[buckets, 1]``."""
     buckets = _in_buckets(wide(tensor), size)
     norms = norm(buckets)
-    position = levels * (jnp.abs(buckets) / divisor(norms))
+    position = levels * ratio(jnp.abs(buckets), norms)
     level = jnp.minimum(round_stochastically(key, finite(position)), levels)
     codes = levels + jnp.where(buckets < 0, -level, level)
     dtype = jnp.uint8 if levels <= 127 else jnp.uint16

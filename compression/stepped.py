@@ -44,6 +44,7 @@ from fedjax_core.compression.numerics import (
     divisor,
     finite,
     norm,
+    ratio,
     round_stochastically,
     wide,
 )
@@ -153,7 +154,7 @@ class _Steps:
         x = wide(tensor)
         width = self._width(x.size)
         unit = norm(jnp.ravel(x))[0] * (self.step / math.sqrt(x.size))
-        position = finite(x / divisor(unit))
+        position = finite(ratio(x, unit))
         symbols = self._round(key, position)
         side = unit * self._corrected(position, symbols)
         dtype = jnp.int8 if width <= 8 else jnp.int16 if width <= 16 else jnp.int32

@@ -24,9 +24,9 @@ import numpy as np
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
 from fedjax_core.compression.chain import chain
 from fedjax_core.compression.numerics import (
-    divisor,
     finite,
     norm,
+    ratio,
     round_stochastically,
     wide,
 )
@@ -135,7 +135,7 @@ def _quantize(key: jax.Array, tensor: jax.Array, clip: float | None) -> tuple[Sy
     if clip is not None:
         # Both are NaN if an element is, and the second one is if one is infinite.
         scale = jnp.minimum(scale, clip / math.sqrt(x.size) * norm(jnp.ravel(x))[0])
-    probability = jnp.minimum(finite(jnp.abs(x) / divisor(scale)), 1)
+    probability = jnp.minimum(finite(ratio(jnp.abs(x), scale)), 1)
     is_sent = round_stochastically(key, probability)
     codes = 1 + jnp.where(x < 0, -is_sent, is_sent)
     return Symbols(codes.astype(jnp.uint8), 2, np.dtype(tensor.dtype), "trits"), scale

@@ -8,6 +8,20 @@ from typing import Literal
 from fedjax_core.datasets.checks import checked_count, checked_fraction
 from fedjax_core.errors import ArgumentError
 
+Uplink = Literal[
+    "none",
+    "quantize",
+    "top_k",
+    "top_k_quantize",
+    "tff_8bit",
+    "dense_8bit",
+    "one_bit",
+    "rotated",
+    "sparse",
+    "entropy",
+    "secure",
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
@@ -63,10 +77,11 @@ class Train(Training):
     """Clients over which the digits are spread; EMNIST has its own clients."""
     model: Literal["cnn", "linear", "two_nn"] = "cnn"
     """Model: the FedAvg CNN, a linear one, or two hidden layers of 200 units."""
-    uplink: Literal["none", "quantize", "top_k", "top_k_quantize"] = "none"
-    """Compression of what clients send up."""
+    uplink: Uplink = "none"
+    """Compression of what clients send up: by one of the presets of docs/compression.md, or
+    quantisation and top-k with the three options below."""
     bits: int = 8
-    """Bits that an entry takes when quantised, 1 to 16."""
+    """Bits that an entry takes with quantize, 1 to 16."""
     fraction: float = 0.1
     """Part of a tensor's entries that top-k keeps, in (0, 1]."""
     min_size: int = 20_000

@@ -44,6 +44,8 @@ def run(settings: options.Train) -> bool:
 
 def make_codec(settings: options.Train) -> compression.Codec | None:
     """The codec that `settings.uplink` names, None for raw updates."""
+    if settings.uplink in compression.PRESETS:
+        return compression.preset(settings.uplink)
     quantize = compression.uniform_quantize(settings.bits, min_size=settings.min_size)
     top_k = compression.top_k(settings.fraction, min_size=settings.min_size)
     codecs = {
@@ -95,11 +97,12 @@ def make_experiment(
 ) -> Experiment:
     """Federated averaging of `model`."""
     execution = Execution() if settings.execution is None else read_execution(settings.execution)
+    is_secure = isinstance(settings, options.Train) and settings.uplink == "secure"
     algorithm = fed_avg(
         model,
         client_optimizer=optax.sgd(settings.client_learning_rate),
         server_optimizer=optax.sgd(settings.server_learning_rate),
-        aggregator=mean() if codec is None else mean(codec=codec),
+        aggregator=mean(codec=codec, secure=is_secure),
         batch_size=settings.batch_size,
         num_epochs=settings.epochs,
         execution=execution,

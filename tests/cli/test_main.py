@@ -15,6 +15,7 @@ from fedjax_core.algorithms import fed_avg
 from fedjax_core.cli import options, training
 from fedjax_core.cli.demo import comparison_table
 from fedjax_core.cli.main import main
+from fedjax_core.compression import PRESETS
 from fedjax_core.learning import checkpoints
 from fedjax_core.learning.evaluation import evaluate
 from fedjax_core.learning.history import History, RoundRecord
@@ -96,7 +97,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert first == second
 
 
-@pytest.mark.parametrize("uplink", ["none", "quantize", "top_k", "top_k_quantize"])
+@pytest.mark.parametrize("uplink", ["none", "quantize", "top_k", "top_k_quantize", *PRESETS])
 def test_every_uplink_trains(tmp_path, uplink):
     # The 2NN has two tensors above 20,000 elements, so that each codec has work to do.
     assert train(tmp_path, "--uplink", uplink, "--model", "two_nn") == 0
