@@ -23,10 +23,10 @@ demo: $(STAMP)
 	$(BIN)/fedjax-core demo $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 -m "not slow" $(TESTS)
+	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 --dist loadgroup -m "not slow" $(TESTS)
 
 test-all: $(STAMP)
-	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 $(TESTS)
+	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 --dist loadgroup $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

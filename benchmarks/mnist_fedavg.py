@@ -123,10 +123,11 @@ def main() -> int:
             result = run(algorithm, model, data_dir, seed, args.num_rounds)
             results.setdefault(name, []).append(result)
             print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+        if args.output:
+            machine = describe_machine()
+            report = {"machine": machine, "num_rounds": args.num_rounds, "results": results}
+            args.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(results))
-    if args.output:
-        report = {"machine": describe_machine(), "num_rounds": args.num_rounds, "results": results}
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -56,6 +56,7 @@ else:
     from fedjax_core.compression.stepped import step_quantize as step_quantize
     from fedjax_core.compression.ternary import sparse_ternary as sparse_ternary
     from fedjax_core.compression.ternary import tern_grad as tern_grad
+    from fedjax_core.compression.threshold import threshold as threshold
     from fedjax_core.compression.uniform import tff_8bit as tff_8bit
     from fedjax_core.compression.uniform import uniform_quantize as uniform_quantize
     from fedjax_core.compression.wire import Packed as Packed

@@ -16,7 +16,7 @@ may count more than it sends.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -130,7 +130,8 @@ class Codec(NamedTuple):
         """How messages like `like` travel as frames; see `framing.transport`."""
         from fedjax_core.compression import framing  # which is about codecs
 
-        return framing.transport(self, like)
+        own: Any = self
+        return framing.transport(own, cast(Any, like))
 
 
 @jax.tree_util.register_dataclass

@@ -62,6 +62,11 @@ class Coded(Packed):
     code: Code = dataclasses.field(metadata={"static": True})
 
     @property
+    def num_elements(self) -> int:
+        """See `Packed`."""
+        return self.symbols.size
+
+    @property
     def width(self) -> int:
         """The integers that are coded are below two to the power of this."""
         return self.symbols.width + (not self.symbols.is_signed)

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import wire
@@ -159,7 +160,7 @@ def frame_bits(codec: Codec, like: Message) -> int:
     return 8 * (_HEAD.size + len(_table(like)) + _LENGTH.size + _CHECKSUM.size)
 
 
-def transport(codec: Codec, like: Message) -> tuple[Callable[[Message], Message], int]:
+def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], int]:
     """How messages of one type travel as frames: through bytes and back, and the overhead in bits.
 
     Args:
@@ -271,4 +272,4 @@ def _read_keys(reader: _Reader) -> Keys:
     )
     name, words = list(_KEY_WORDS.items())[index]
     data = [np.frombuffer(reader.take(4 * words), "<u4").astype(np.uint32) for _ in range(2)]
-    return Keys(*(jax.random.wrap_key_data(x, impl=name) for x in data))
+    return Keys(*(jax.random.wrap_key_data(jnp.asarray(x), impl=name) for x in data))

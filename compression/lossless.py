@@ -41,6 +41,11 @@ class Shuffled(Packed):
     level: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def num_elements(self) -> int:
+        """See `Packed`."""
+        return math.prod(self.array.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Of the array itself."""
         return math.prod(self.array.shape) * np.dtype(self.array.dtype).itemsize

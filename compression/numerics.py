@@ -20,9 +20,9 @@ def ratio(x: jax.Array, scale: jax.Array) -> jax.Array:
     Compilers turn the division by one number into a product with its reciprocal, which rounds
     twice, and flush the reciprocal of the largest numbers to zero. A quarter of them has one.
     """
-    is_large = scale >= 4 * jnp.finfo(scale.dtype).tiny
-    quotient = (0.25 * x) / jnp.where(is_large, 0.25 * scale, 1)
-    return jnp.where(is_large & (jnp.abs(x) == scale), jnp.sign(x), quotient)
+    is_tiny = scale < 4 * jnp.finfo(scale.dtype).tiny
+    quotient = (0.25 * x) / jnp.where(is_tiny, 1, 0.25 * scale)
+    return jnp.where(~is_tiny & (jnp.abs(x) == scale), jnp.sign(x), quotient)
 
 
 def finite(position: jax.Array) -> jax.Array:

@@ -50,6 +50,11 @@ class Positions(Packed):
     size: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def num_elements(self) -> int:
+        """See `Packed`."""
+        return self.size
+
+    @property
     def num_positions(self) -> int:
         """How many elements are sent: k."""
         return math.prod(self.indices.shape)

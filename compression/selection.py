@@ -50,7 +50,7 @@ def encode_large(
       CodecError: a leaf is not an array.
     """
     wire.check_tensors(value)
-    tensors, structure = jax.tree.flatten(value, is_leaf=_is_symbols)
+    tensors, structure = jax.tree.flatten(value, is_leaf=wire.is_packed)
     payload, side = [], []
     for index, (tensor, is_large) in enumerate(
         zip(tensors, _are_large(value, min_size), strict=True)
@@ -63,7 +63,7 @@ def encode_large(
 
 def large_tensors(value: Any, min_size: int) -> list[jax.Array]:
     """The tensors that `encode_large` encodes, in its order."""
-    tensors = jax.tree.leaves(value, is_leaf=_is_symbols)
+    tensors = jax.tree.leaves(value, is_leaf=wire.is_packed)
     are_large = _are_large(value, min_size)
     return [jnp.asarray(x) for x, is_large in zip(tensors, are_large, strict=True) if is_large]
 
@@ -130,28 +130,24 @@ def _flatten_to(kind: type, payload: Any) -> tuple[list[Any], Any]:
 
     def is_innermost(node: Any) -> bool:
         is_last = isinstance(node, kind) and not holds(getattr(node, "values", ()))
-        return is_last or _is_symbols(node)
+        return is_last or wire.is_packed(node)
 
     return jax.tree.flatten(payload, is_leaf=is_innermost)
 
 
-def _is_symbols(node: Any) -> bool:
-    return isinstance(node, wire.Symbols)
-
-
 def _are_large(value: Any, min_size: int) -> list[bool]:
     """For each tensor, whether a codec touches it."""
-    tensors = jax.tree.leaves(value, is_leaf=_is_symbols)
+    tensors = jax.tree.leaves(value, is_leaf=wire.is_packed)
     sizes = _original_sizes(value)
     return [size > min_size and _is_floating(x) for x, size in zip(tensors, sizes, strict=True)]
 
 
 def _is_floating(tensor: Any) -> bool:
-    return not _is_symbols(tensor) and jnp.issubdtype(tensor.dtype, jnp.floating)
+    return not wire.is_packed(tensor) and jnp.issubdtype(tensor.dtype, jnp.floating)
 
 
 def _original_sizes(value: Any) -> list[int]:
     """For each tensor, the elements of the tensor it was before any stage."""
-    kinds = Survivors | Rotated | wire.Symbols
+    kinds = Survivors | Rotated | wire.Packed
     nodes = jax.tree.leaves(value, is_leaf=lambda node: isinstance(node, kinds))
-    return [node.codes.size if _is_symbols(node) else node.size for node in nodes]
+    return [node.num_elements if wire.is_packed(node) else node.size for node in nodes]

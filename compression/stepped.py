@@ -155,7 +155,9 @@ class _Steps:
         width = self._width(x.size)
         unit = norm(jnp.ravel(x))[0] * (self.step / math.sqrt(x.size))
         position = finite(ratio(x, unit))
-        symbols = self._round(key, position)
+        # Rounding may carry an element of the length of the tensor one step further.
+        largest = (1 << (width - 1)) - 1
+        symbols = jnp.clip(self._round(key, position), -largest, largest)
         side = unit * self._corrected(position, symbols)
         dtype = jnp.int8 if width <= 8 else jnp.int16 if width <= 16 else jnp.int32
         return Symbols(symbols.astype(dtype), width, np.dtype(tensor.dtype)), side

@@ -185,7 +185,7 @@ class _Grid:
 def _quantizer(name: str, grid: _Grid, min_size: int, range: Range) -> Codec:
     def encode(keys: Keys, value: Any) -> Message:
         tensors = large_tensors(value, min_size) if range == "common" else []
-        common = _bounds(tensors) if tensors else ()
+        common: Any = _bounds(tensors) if tensors else ()
 
         def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, Any]:
             key = jax.random.fold_in(keys.client, index)

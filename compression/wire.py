@@ -18,7 +18,7 @@ describes: a message is rejected rather than misread.
 import abc
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ from fedjax_core.errors import CodecError
 
 class Packed(abc.ABC):
     """A leaf of a message that is written in its own way: a frozen dataclass and a pytree."""
+
+    @property
+    @abc.abstractmethod
+    def num_elements(self) -> int:
+        """Of the tensor that it stands for."""
 
     @abc.abstractmethod
     def count(self) -> BitCount:
@@ -75,6 +80,11 @@ class Symbols(Packed):
     width: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     packing: PackingName = dataclasses.field(default="dense", metadata={"static": True})
+
+    @property
+    def num_elements(self) -> int:
+        """See `Packed`."""
+        return self.size
 
     @property
     def size(self) -> int:
@@ -212,7 +222,7 @@ def array_from_bytes(like: Any, data: memoryview) -> tuple[np.ndarray, int]:
     return np.frombuffer(own, dtype=np.dtype(like.dtype)).reshape(like.shape), num_bytes
 
 
-def is_packed(node: Any) -> bool:
+def is_packed(node: Any) -> TypeGuard[Packed]:
     """Whether a node of a pytree is a leaf that is written in its own way."""
     return isinstance(node, Packed)
 
