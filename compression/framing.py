@@ -176,10 +176,11 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
         message = jax.tree.map(np.asarray, message)
         data = frame(codec, message)
         size = 8 * len(data) - frame_bits(codec, like)
-        is_right = size == counted if codec.traits.exact_bits else size <= counted
-        _check(
-            is_right, f"a message of {counted} bits, as `bits` of {codec.name} counts", str(size)
-        )
+        if size > counted or (size < counted and codec.traits.exact_bits):
+            raise CodecError(
+                f"expected `bits` of {codec.name} to count the bytes that it writes, {size} bits, "
+                f"got {counted}; correct it, or clear the trait `exact_bits` if it is a bound."
+            )
         return unframe(codec, data, like).message
 
     return travel, frame_bits(codec, like)

@@ -19,7 +19,15 @@ import numpy as np
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec, Keys, Message, stateless
 from fedjax_core.compression.coding import LOSSLESS
-from fedjax_core.compression.wire import Packed, array_from_bytes, check_tensors, is_packed, take
+from fedjax_core.compression.wire import (
+    Packed,
+    Symbols,
+    array_from_bytes,
+    check_tensors,
+    is_packed,
+    take,
+    to_bytes,
+)
 from fedjax_core.errors import CodecError
 
 _PLAIN, _COMPRESSED = 0, 1
@@ -30,67 +38,88 @@ _LENGTH_BYTES = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shuffled(Packed):
-    """An array whose bytes travel by place, compressed by zstd where that makes them fewer.
+    """A tensor whose bytes travel by place, compressed by zstd where that makes them fewer.
 
     Attributes:
-      array: of numbers.
+      tensor: an array of numbers, or symbols.
       level: static, of zstd.
     """
 
-    array: Any
+    tensor: Any
     level: int = dataclasses.field(metadata={"static": True})
 
     @property
     def num_elements(self) -> int:
         """See `Packed`."""
-        return math.prod(self.array.shape)
+        return math.prod(self._array.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Of the array itself."""
-        return math.prod(self.array.shape) * np.dtype(self.array.dtype).itemsize
+        """Of what would travel otherwise."""
+        if isinstance(self.tensor, Symbols):
+            return self.tensor.num_bytes
+        return self._num_raw
 
     def count(self) -> BitCount:
-        """A bound: nothing for an array of no bytes, else its bytes and one more."""
+        """A bound: nothing for a tensor of no bytes, else its bytes and one more."""
         return BitCount.of(8 * (self.num_bytes + 1) if self.num_bytes else 0)
 
     def to_bytes(self) -> bytes:
         """See `Packed`."""
         import zstandard
 
-        array = np.ascontiguousarray(self.array)
         if not self.num_bytes:
             return b""
+        array = np.ascontiguousarray(self._array)
         places = array.reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize)
         frame = zstandard.ZstdCompressor(level=self.level).compress(places.T.tobytes())
         if len(frame) + _LENGTH_BYTES >= self.num_bytes:
-            return bytes([_PLAIN]) + array.tobytes()
+            return bytes([_PLAIN]) + to_bytes(self.tensor)
         return bytes([_COMPRESSED]) + len(frame).to_bytes(_LENGTH_BYTES, "little") + frame
 
     def from_bytes(self, data: memoryview) -> tuple[Self, int]:
         """See `Packed`."""
         if not self.num_bytes:
-            return dataclasses.replace(self, array=array_from_bytes(self.array, data)[0]), 0
+            return self._with(np.zeros(self._array.shape, self._array.dtype)), 0
         tag = take(data, 1)[0]
+        if tag == _PLAIN and isinstance(self.tensor, Symbols):
+            tensor, used = self.tensor.from_bytes(data[1:])
+            return dataclasses.replace(self, tensor=tensor), 1 + used
         if tag == _PLAIN:
-            array, used = array_from_bytes(self.array, data[1:])
-            return dataclasses.replace(self, array=array), 1 + used
+            array, used = array_from_bytes(self.tensor, data[1:])
+            return self._with(array), 1 + used
         begin = 1 + _LENGTH_BYTES
         length = int.from_bytes(take(data, begin)[1:], "little")
-        if tag != _COMPRESSED or length >= self.num_bytes:
+        if tag != _COMPRESSED or length + _LENGTH_BYTES >= self.num_bytes:
             raise _altered(f"a tag of 0 or 1 and fewer than {self.num_bytes} bytes")
-        raw = _decompress(bytes(take(data[begin:], length)), self.num_bytes)
-        itemsize = np.dtype(self.array.dtype).itemsize
+        raw = _decompress(bytes(take(data[begin:], length)), self._num_raw)
+        itemsize = np.dtype(self._array.dtype).itemsize
         places = np.frombuffer(raw, np.uint8).reshape(itemsize, -1)
-        array, _ = array_from_bytes(self.array, memoryview(places.T.tobytes()))
-        return dataclasses.replace(self, array=array), begin + length
+        array, _ = array_from_bytes(self._array, memoryview(places.T.tobytes()))
+        return self._with(array), begin + length
+
+    @property
+    def _array(self) -> Any:
+        return self.tensor.codes if isinstance(self.tensor, Symbols) else self.tensor
+
+    @property
+    def _num_raw(self) -> int:
+        """The bytes of the array itself."""
+        return math.prod(self._array.shape) * np.dtype(self._array.dtype).itemsize
+
+    def _with(self, array: np.ndarray) -> Self:
+        """The same with other numbers, if they are possible."""
+        if not isinstance(self.tensor, Symbols):
+            return dataclasses.replace(self, tensor=array)
+        symbols = dataclasses.replace(self.tensor, codes=array)
+        symbols.to_bytes()  # which refuses numbers that are no symbols
+        return dataclasses.replace(self, tensor=symbols)
 
 
 def lossless(level: int = 3) -> Codec:
-    """Compresses every array by zstd, after sorting its bytes by place.
+    """Compresses every array, and symbols of an earlier stage, by zstd after sorting bytes by place.
 
-    Every bit comes back, also of signed zeros, subnormals and NaNs. What an earlier stage has made
-    of a tensor stays as it is.
+    Every bit comes back, also of signed zeros, subnormals and NaNs.
 
     Args:
       level: of zstd, 1 (fast) to 19 (small).
@@ -116,14 +145,15 @@ def lossless(level: int = 3) -> Codec:
         check_tensors(value)
 
         def shuffle(node: Any) -> Any:
-            return node if is_packed(node) else Shuffled(node, level)
+            is_other = is_packed(node) and not isinstance(node, Symbols)
+            return node if is_other else Shuffled(node, level)
 
         return Message(jax.tree.map(shuffle, value, is_leaf=is_packed))
 
     def decode(keys: Keys, message: Message) -> Any:
         del keys
         return jax.tree.map(
-            lambda node: node.array if isinstance(node, Shuffled) else node,
+            lambda node: node.tensor if isinstance(node, Shuffled) else node,
             message.payload,
             is_leaf=is_packed,
         )
