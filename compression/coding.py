@@ -95,7 +95,7 @@ class Coded(Packed):
             return b""
         codes, center = np.ravel(self.symbols.codes), 0
         if self.symbols.is_signed:
-            numbers = _zigzag(codes.astype(np.int32))
+            numbers = _zigzag(codes)
         else:
             center = int(np.argmax(np.bincount(codes)))
             numbers = _zigzag(np.arange(1 << self.symbols.width, dtype=np.int32) - center)[codes]
@@ -254,8 +254,10 @@ def _code(node: Any, code: Code) -> Any:
 
 
 def _zigzag(integers: np.ndarray) -> np.ndarray:
-    """As `zigzag`, on the host."""
-    return ((integers << 1) ^ (integers >> 31)).astype(np.uint32)
+    """As `zigzag`, on the host; what does not fit into integers of this size wraps as it should."""
+    size = integers.dtype.itemsize
+    folded = (integers << 1) ^ (integers >> (8 * size - 1))
+    return folded.view(f"u{size}").astype(np.uint32)
 
 
 def _is_symbols(node: Any) -> bool:

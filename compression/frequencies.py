@@ -29,6 +29,7 @@ _PRECISION = 14
 _COUNT_BITS = 32 - _PRECISION
 # Numbers of fewer bits are tokens themselves; of longer ones the leading bits are.
 _DIRECT_BITS = 9
+NUM_DIRECT = 1 << _DIRECT_BITS
 # How many bits of a long number, behind the first, belong to its token.
 _MANTISSA_BITS = 3
 
@@ -39,7 +40,7 @@ def num_tokens(width: int) -> int:
     """The size of the alphabet for numbers below ``2**width``."""
     if width <= _DIRECT_BITS:
         return 1 << width
-    return (1 << _DIRECT_BITS) + ((width - _DIRECT_BITS) << _MANTISSA_BITS)
+    return NUM_DIRECT + ((width - _DIRECT_BITS) << _MANTISSA_BITS)
 
 
 def tokenize(numbers: Any, lengths: Any, xp: ModuleType) -> tuple[Any, Any]:
@@ -61,20 +62,20 @@ def tokenize(numbers: Any, lengths: Any, xp: ModuleType) -> tuple[Any, Any]:
     # 8 to 15 by the leading four bits: the octave from 2**9 on comes first.
     octave = lengths - 1 - _DIRECT_BITS
     leading = (numbers >> extra) - (1 << _MANTISSA_BITS)
-    long = (1 << _DIRECT_BITS) + (octave << _MANTISSA_BITS) + leading
+    long = NUM_DIRECT + (octave << _MANTISSA_BITS) + leading
     return xp.where(is_direct, numbers, long).astype(numbers.dtype), extra
 
 
 def extra_bits(tokens: np.ndarray) -> np.ndarray:
     """int64, the extra bits of each token."""
-    octave = (tokens.astype(np.int64) - (1 << _DIRECT_BITS)) >> _MANTISSA_BITS
+    octave = (tokens.astype(np.int64) - NUM_DIRECT) >> _MANTISSA_BITS
     return np.where(octave < 0, 0, octave + _DIRECT_BITS - _MANTISSA_BITS)
 
 
 def detokenize(tokens: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """int64, the numbers of the tokens and of their extra bits."""
     tokens, extra = tokens.astype(np.int64), extra_bits(tokens)
-    offset = tokens - (1 << _DIRECT_BITS)
+    offset = tokens - NUM_DIRECT
     leading = (1 << _MANTISSA_BITS) + (offset & ((1 << _MANTISSA_BITS) - 1))
     return np.where(offset < 0, tokens, (leading << extra) | lower.astype(np.int64))
 

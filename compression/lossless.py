@@ -117,7 +117,7 @@ class Shuffled(Packed):
 
 
 def lossless(level: int = 3) -> Codec:
-    """Compresses every array, and symbols of an earlier stage, by zstd after sorting bytes by place.
+    """Compresses arrays, and symbols of an earlier stage, by zstd after sorting bytes by place.
 
     Every bit comes back, also of signed zeros, subnormals and NaNs.
 

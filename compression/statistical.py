@@ -160,7 +160,7 @@ def _histogram(numbers: jax.Array, width: int) -> tuple[jax.Array, BitCount]:
 def _measure(numbers: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The tokens of numbers, how often each occurs, uint32, and their frequencies, int64."""
     tokens, size = numbers, model.num_tokens(width)
-    if size < 1 << width:
+    if int(numbers.max()) >= model.NUM_DIRECT:
         tokens, _ = model.tokenize(numbers, bit_length(numbers).astype(np.uint32), np)
     histogram = np.bincount(tokens, minlength=size).astype(np.uint32)
     found = model.frequencies(histogram, numbers.size)
@@ -169,13 +169,15 @@ def _measure(numbers: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, n
 
 def _write_extra(writer: BitWriter, numbers: np.ndarray, tokens: np.ndarray, width: int) -> None:
     """Appends what the tokens of numbers do not hold."""
-    if model.num_tokens(width) < 1 << width:
+    if model.num_tokens(width) < 1 << width and int(tokens.max()) >= model.NUM_DIRECT:
         extra = model.extra_bits(tokens)
         writer.fields(numbers & ((np.int64(1) << extra) - 1), extra)
 
 
 def _read_extra(reader: BitReader, tokens: np.ndarray) -> np.ndarray:
     """The numbers of tokens whose extra bits come next: uint32."""
+    if int(tokens.max()) < model.NUM_DIRECT:
+        return tokens.astype(np.uint32)
     extra = model.extra_bits(tokens)
     if not extra.any():
         return tokens.astype(np.uint32)

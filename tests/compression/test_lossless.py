@@ -58,11 +58,11 @@ def test_noise_is_sent_as_it_is_and_half_zeros_are_not():
     assert len(to_bytes(codec, encode(codec, update.astype(np.float32)))) < 21_000
 
 
-def test_only_raw_tensors_of_a_chain_are_compressed():
+def test_symbols_of_a_chain_are_compressed_too():
     codec = chain(uniform_quantize(8, min_size=10), lossless())
     message = encode(codec, {"large": jnp.arange(100.0), "small": jnp.ones(9)})
-    # A range, 100 symbols, and a small tensor with its tag.
-    assert int(codec.bits(message)) == 64 + 800 + 8 * 37
+    # A range, 100 symbols, and a small tensor, the last two with their tags.
+    assert int(codec.bits(message)) == 64 + 808 + 8 * 37
     assert not codec.traits.exact_bits
     decoded = codec.decode(KEYS, (), message)
     np.testing.assert_array_equal(decoded["small"], jnp.ones(9))
