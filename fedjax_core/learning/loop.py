@@ -76,7 +76,7 @@ def train(
     _check_source(dataset, sampler)
     _check_count("num_rounds", num_rounds)
     _check_count("evaluate_every", evaluate_every)
-    state = _initial_state(algorithm, key, state)
+    state = _initial_state(algorithm, dataset, key, state)
     first = int(jax.device_get(state.round))
     records: list[RoundRecord] = []
     writers = tuple(writers)
@@ -99,9 +99,11 @@ def train(
     return state, History(tuple(records), interrupted=len(records) < num_rounds)
 
 
-def _initial_state(algorithm: Algorithm, key: jax.Array | None, state: State | None) -> State:
+def _initial_state(
+    algorithm: Algorithm, dataset: FederatedDataset, key: jax.Array | None, state: State | None
+) -> State:
     if key is not None and state is None:
-        return algorithm.init(key)
+        return algorithm.init(key, dataset.num_clients)
     if key is None and state is not None:
         return state
     got = "neither" if key is None else "both"

@@ -56,9 +56,11 @@ def update(state, cohort):
 
 
 ALGORITHM = types.SimpleNamespace(
-    init=lambda key: State(jnp.float32(0), jnp.int32(0)), update=update
+    init=lambda key, num_clients=None: State(jnp.float32(0), jnp.int32(0)), update=update
 )
-DATASET = types.SimpleNamespace(cohort=lambda ids: jnp.asarray([float(name) for name in ids]))
+DATASET = types.SimpleNamespace(
+    num_clients=5, cohort=lambda ids: jnp.asarray([float(name) for name in ids])
+)
 
 
 def sampler(number):
