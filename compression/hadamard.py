@@ -14,6 +14,7 @@ References:
   arXiv:1611.00429 (rotation before quantisation).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -25,6 +26,9 @@ from fedjax_core.compression.base import Codec, Keys, Message, Rotated, Traits, 
 from fedjax_core.compression.numerics import wide
 from fedjax_core.compression.selection import check_min_size, decode_linear, encode_large
 from fedjax_core.errors import CodecError
+
+# A product with a matrix of 64 is still limited by memory.
+_FACTOR_BITS = 6
 
 
 def hadamard_rotation(block: int = 4096, *, min_size: int = 20_000) -> Codec:
@@ -105,8 +109,8 @@ def rotate_back(key: jax.Array, rotated: Rotated) -> jax.Array:
 def hadamard_transform(rows: jax.Array) -> jax.Array:
     """The orthonormal Hadamard transform of each row, its own inverse.
 
-    Only sums and differences of two, always in the same order: the bits of the result do not
-    depend on the device, nor on what is transformed beside it, as those of a matrix product do.
+    A matrix of 2**(a + b) is the Kronecker product of one of 2**a and one of 2**b, so a row of
+    4,096 takes two products with a matrix of 64.
 
     Args:
       rows: floating ``[n, B]``, B a power of two.
@@ -115,18 +119,27 @@ def hadamard_transform(rows: jax.Array) -> jax.Array:
       ``[n, B]``.
     """
     num_rows, block = rows.shape
-    if block == 1:
-        return rows
+    left = block.bit_length() - 1
+    scale = 1 / math.sqrt(block)
+    while left:
+        # Transforms the lowest bits of the position and moves them to the top, so that all are in
+        # order again at the end.
+        bits = min(left, _FACTOR_BITS)
+        factor = jnp.asarray(_sylvester(bits), rows.dtype)
+        parts = rows.reshape(num_rows, block >> bits, 1 << bits)
+        mixed = jnp.matmul(parts, factor, precision=jax.lax.Precision.HIGHEST)
+        rows = jnp.swapaxes(mixed, 1, 2).reshape(num_rows, block)
+        left -= bits
+    return rows * scale
 
-    def step(index: int, rows: jax.Array) -> jax.Array:
-        # Transforms the lowest bit of the position and moves it to the top, so the bits are in
-        # order again after all steps.
-        del index
-        pairs = rows.reshape(num_rows, block // 2, 2)
-        first, second = pairs[..., 0], pairs[..., 1]
-        return jnp.concatenate([first + second, first - second], axis=1)
 
-    return jax.lax.fori_loop(0, block.bit_length() - 1, step, rows) * (1 / math.sqrt(block))
+@functools.cache
+def _sylvester(bits: int) -> np.ndarray:
+    """The matrix of +1 and -1, ``[2**bits, 2**bits]``: minus where i and j share odd many bits."""
+    index = np.arange(1 << bits)
+    shared = index[:, None] & index
+    parity = sum((shared >> bit) & 1 for bit in range(bits)) % 2
+    return (1 - 2 * parity).astype(np.float32)
 
 
 def _signs(key: jax.Array, like: jax.Array) -> jax.Array:
