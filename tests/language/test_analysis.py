@@ -86,6 +86,18 @@ def test_secure_sums_are_blind_and_have_room_for_all_clients(num_clients, bits):
     assert rows(secure, num_clients) == [("up", "secure_sum", bits, "blind")]
 
 
+@pytest.mark.parametrize(
+    ("bound", "num_clients", "width"),
+    [(7, 10, 8), (1, 10, 5), (1, 1, 2), (127, 9, 12), (127, 8, 11), (2**30, 3, 33)],
+)
+def test_secure_sums_take_what_the_sum_needs(bound, num_clients, width):
+    """Of symbols from -m to m: ceil(log2(2 n m + 1)) bits each, reference case 34 for m = 7."""
+    secure = trace(lambda x: fc.federated_secure_sum(x, bound, min_input=-bound), INTS)
+    assert rows(secure, num_clients) == [("up", "secure_sum", 10 * width, "blind")]
+    values = fc.Federated(np.zeros((num_clients, 10), np.int32), fc.CLIENTS)
+    assert int(secure.lower()(values)[1][0]) == num_clients * 10 * width
+
+
 def test_kinds_of_secure_sums():
     """A modulus of 1000 takes 10 bits, and the number of clients does not matter."""
     modular = trace(lambda x: fc.federated_secure_modular_sum(x, 1000), INTS)

@@ -14,6 +14,7 @@ import fedjax_core as fc
 from fedjax_core.errors import FederatedTypeError
 from fedjax_core.language.inference import (
     check_sum_compatible,
+    infer_type,
     is_average_compatible,
     is_integer_compatible,
     is_min_max_compatible,
@@ -30,6 +31,21 @@ from fedjax_core.language.notation import parse_type
 class Point(NamedTuple):
     x: object
     y: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Scaled:
+    """A struct that looks like an array."""
+
+    values: object
+    shape: tuple = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+
+def test_a_pytree_with_a_shape_and_a_dtype_is_a_struct():
+    value = Scaled(jnp.zeros((2, 8), jnp.int8), (3, 5), np.dtype(np.float32))
+    assert str(infer_type(value)) == "<values=int8[2,8]>"
 
 
 @jax.tree_util.register_dataclass
