@@ -40,6 +40,7 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/federated_core.py
+	$(BIN)/python benchmarks/rate_distortion.py
 	$(BIN)/python benchmarks/mnist_fedavg.py $(BENCH)
 	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
 	$(BIN)/python benchmarks/simulation.py $(SIMULATION)

@@ -59,7 +59,7 @@ def drive(*, scale: Scale = "unbiased", block: int = 4096, min_size: int = 20_00
       >>> codec = drive(min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([0.0, -3.0, 0.0, 0.0]))
-      >>> codec.decode(keys, (), message).round(6).tolist()
+      >>> (codec.decode(keys, (), message).round(6) + 0).tolist()
       [0.0, -3.0, 0.0, 0.0]
     """
     codec = eden(1, scale=scale, block=block, min_size=min_size)

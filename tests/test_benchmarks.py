@@ -24,6 +24,7 @@ workloads = importlib.import_module("workloads")
 environments = importlib.import_module("peers.environments")
 worker = importlib.import_module("peers.worker")
 simulation = importlib.import_module("simulation")
+rate_distortion = importlib.import_module("rate_distortion")
 sys.path.remove(str(ROOT / "benchmarks"))
 
 TINY = workloads.quick(workloads.WORKLOADS["linear_100"])
@@ -451,3 +452,33 @@ def test_command_line_of_simulation():
     for wrong in ("memroy", ""):
         with pytest.raises(SystemExit):
             simulation.parse_args(["--parts", wrong])
+
+
+@pytest.mark.parametrize("step", [0.3, 1.0, 2.5])
+def test_rounding_of_a_laplacian_source_in_closed_form(step):
+    """Against a million draws."""
+    x = np.random.default_rng(0).laplace(size=1_000_000)
+    symbols = np.rint(x / step).astype(int)
+    count = np.bincount(symbols - symbols.min())
+    share = count[count > 0] / x.size
+    sums = np.bincount(symbols - symbols.min(), weights=x)
+    centroids = sums / np.maximum(count, 1)
+    error = np.mean((x - centroids[symbols - symbols.min()]) ** 2) / 2
+    rate, expected = rate_distortion.rounded_laplace(step)
+    assert -np.sum(share * np.log2(share)) == pytest.approx(rate, rel=0.01)
+    assert error == pytest.approx(expected, rel=0.02)
+
+
+def test_rates_and_errors_are_judged_by_their_tolerances():
+    measured = rate_distortion.Measured(1.02, 0.104, True, 1.0)
+    assert rate_distortion.judge((1.0, 0.1), measured)
+    assert not rate_distortion.judge((0.98, 0.1), measured)
+    assert not rate_distortion.judge((1.0, 0.098), measured)
+
+
+def test_a_codec_is_measured_from_its_bytes():
+    x = rate_distortion.source("gaussian")
+    measured = rate_distortion.measure(rate_distortion.scaled_sign(), x)
+    assert measured.rate == (8 * -(-x.size // 8) + 32) / x.size
+    assert measured.error == pytest.approx(1 - 2 / np.pi, rel=0.01)
+    assert measured.is_counted

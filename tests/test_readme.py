@@ -74,6 +74,10 @@ def test_tables_of_the_readme_are_those_of_the_benchmarks(monkeypatch):
     """The figures in the README are those of the committed runs."""
     accuracy = module_of("mnist_fedavg", monkeypatch)
     assert output_block("mnist_fedavg") == accuracy.table(results_of("mnist_fedavg")["results"])
+    rates = module_of("rate_distortion", monkeypatch)
+    assert output_block("rate_distortion") == rates.short_table(
+        results_of("rate_distortion")["results"]
+    )
     report = module_of("peers/report", monkeypatch)
     for name in ("rounds_jax010", "rounds_jax012"):
         assert output_block(name) == report.short_table(results_of(name))

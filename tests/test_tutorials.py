@@ -21,6 +21,10 @@ BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<shown>.*?)``
 NUMBER = re.compile(r"(-?\d+\.\d+)")
 
 
+# All in one process, which executes each tutorial once.
+pytestmark = pytest.mark.xdist_group("tutorials")
+
+
 class Block(NamedTuple):
     """Code of a tutorial, what is shown under it (None for nothing), and what it prints."""
 

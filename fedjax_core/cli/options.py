@@ -83,7 +83,7 @@ class Train(Training):
     bits: int = 8
     """Bits that an entry takes with quantize, 1 to 16."""
     fraction: float = 0.1
-    """Part of a tensor's entries that top-k keeps, in (0, 1]."""
+    """Part of a tensor, in (0, 1], that top-k keeps."""
     min_size: int = 20_000
     """Tensors of more entries than this are compressed, others travel raw; 0 for small models."""
     save: pathlib.Path | None = None

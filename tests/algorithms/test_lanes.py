@@ -31,7 +31,7 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("lanes", [4, 10])
+@pytest.mark.parametrize("lanes", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_cnn_rounds_agree_over_lanes(lanes: int) -> None:
     """1e-5 after one round of the FedAvg CNN without quantisation, clients of unequal sizes."""
     data = image_data(10, (3, 5, 1))

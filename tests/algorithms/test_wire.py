@@ -86,7 +86,17 @@ def check_same(wired, plain) -> None:
             assert all(int(ours[name]) == int(theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in CODECS if name in ("entropy", "secure", "sparse")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in CODECS
+            if name not in ("entropy", "secure", "sparse")
+        ),
+    ],
+)
 def test_presets_through_bytes(name):
     is_secure = name == "secure"
     plain = trained(CODECS[name], secure=is_secure)
@@ -141,6 +151,7 @@ def test_cnn_through_bytes(name):
     check_same(wired, plain)
 
 
+@pytest.mark.slow
 def test_raw_rounds_have_no_frames():
     wired, plain = (trained(None, wire=wire) for wire in (True, False))
     check_same(wired, plain)

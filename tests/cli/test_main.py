@@ -97,7 +97,20 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert first == second
 
 
-@pytest.mark.parametrize("uplink", ["none", "quantize", "top_k", "top_k_quantize", *PRESETS])
+@pytest.mark.parametrize(
+    "uplink",
+    [
+        "none",
+        "quantize",
+        "top_k_quantize",
+        "secure",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("top_k", *PRESETS)
+            if name != "secure"
+        ),
+    ],
+)
 def test_every_uplink_trains(tmp_path, uplink):
     # The 2NN has two tensors above 20,000 elements, so that each codec has work to do.
     assert train(tmp_path, "--uplink", uplink, "--model", "two_nn") == 0
@@ -252,6 +265,7 @@ def test_a_state_that_control_c_left_goes_on_with_the_same_bits(tmp_path):
     np.testing.assert_array_equal(logged, metrics.train["loss"][:done])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_tuned_is_repeated_with_the_same_bits(tmp_path, capsys):
     """What was measured and chosen lies beside the logs, and another run is given it."""
     assert train(tmp_path / "a", "--tune") == 0
@@ -307,6 +321,7 @@ def test_the_table_shows_the_last_numbers():
     )
 
 
+@pytest.mark.slow
 def test_small_models_are_compressed_if_asked(tmp_path):
     """Tensors of 7,840 and 10 entries: raw by default, 2 bits each with --min-size 0."""
 

@@ -146,6 +146,11 @@ RARE = {
     chain(uniform_quantize(6), rice()).name,
     chain(uniform_quantize(6), ans()).name,
     hadamard_rotation().name,
+    tff_8bit().name,
+    qsgd(300, bucket=512).name,
+    uniform_quantize(1).name,
+    chain(uniform_quantize(6), zero_runs()).name,
+    chain(step_quantize(1.0, rounding="dither"), huffman()).name,
 }
 
 
@@ -267,6 +272,8 @@ class Programs:
         return np.concatenate(parts)
 
 
+# The products in a rotation are rounded in another order beside others.
+ROTATING = ("hadamard", "bounded", "eden", "drive")
 # How many small vectors are encoded at once.
 BATCH = 500
 
@@ -354,7 +361,11 @@ def test_clients_do_not_disturb_each_other(codec):
     stacked = programs(codec).many(Keys(draws, draws), rows)
     for row in (0, BATCH - 1):
         alone = programs(codec).small(Keys(draws[row], draws[row]), rows[row])
-        assert as_bytes(alone[:2]) == as_bytes(one(stacked[:2], row))
+        beside = one(stacked[:2], row)
+        if any(name in codec.name for name in ROTATING):
+            chex.assert_trees_all_close(alone[:2], beside, rtol=1e-5, atol=1e-5)
+        else:
+            assert as_bytes(alone[:2]) == as_bytes(beside)
 
 
 @each_codec

@@ -97,7 +97,13 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("tff_8bit", "rotated") else [])
+        for name in PRESETS
+    ],
+)
 @pytest.mark.parametrize(
     "model",
     [

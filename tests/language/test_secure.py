@@ -146,10 +146,9 @@ def test_sums_saturate():
 
 @pytest.mark.parametrize("num_clients", [0, 1, 2, 3, 4, 5, 8, 9, 100])
 def test_bits_of_bounded_sums(num_clients):
-    """An element takes bit_length(upper - lower) bits, and ceil(log2(n)) for the sum of n."""
-    growth = math.ceil(math.log2(num_clients)) if num_clients else 0
+    """An element takes ceil(log2(n (upper - lower) + 1)) bits: what the sum of n of them takes."""
     for lower, upper in ((0, 1), (0, 255), (0, 256), (-1, 1), (5, 5)):
-        each = 2 * ((upper - lower).bit_length() + growth)
+        each = 2 * math.ceil(math.log2(max(num_clients, 1) * (upper - lower) + 1))
         row = fc.communication(bounded(upper, lower, PAIR), num_clients=num_clients)[0]
         assert (row.bits_per_client, row.bits) == (each, num_clients * each)
 

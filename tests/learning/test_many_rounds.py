@@ -12,6 +12,9 @@ from fedjax_core.compression import uniform_quantize
 from fedjax_core.datasets import sampling
 from fedjax_core.errors import ArgumentError, DataError, FederatedTypeError
 
+# All in one process, which makes what they share once.
+pytestmark = pytest.mark.xdist_group("many_rounds")
+
 NUM_ROUNDS = 7
 
 
@@ -93,7 +96,13 @@ def test_a_run_goes_on_where_the_state_is(dataset, plain):
     assert int(state.round) == 0  # still usable
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        jax.sharding.AxisType.Auto,
+        pytest.param(jax.sharding.AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 def test_many_rounds_on_a_mesh(dataset, plain, kind):
     """Four devices, cohorts of five: as on one, for a resident dataset and one of the host."""
     mesh = jax.make_mesh((4,), ("clients",), axis_types=(kind,))

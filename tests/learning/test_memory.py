@@ -13,6 +13,9 @@ from fedjax_core.errors import ArgumentError, DeviceMemoryError, FederatedTypeEr
 from fedjax_core.learning.algorithm import federated_learning
 from fedjax_core.learning.client_work import local_training
 
+# All in one process, which makes what they share once.
+pytestmark = pytest.mark.xdist_group("memory")
+
 SIZES = (5, 3, 0, 7, 2, 9)
 
 
@@ -56,7 +59,7 @@ def expected_rounds(sampler, num_rounds):
     return np.bincount(drawn, minlength=len(SIZES)) * (np.array(SIZES) > 0)
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("lanes", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_rounds_read_and_write_the_rows_of_their_clients(dataset, lanes):
     algorithm = make(remembering_work(), execution=fc.Execution(lanes=lanes))
     sampler = sampling.uniform(dataset, 3, seed=1)
@@ -95,7 +98,13 @@ def test_an_aggregator_may_remember_too(dataset):
     assert state.clients.aggregator.tolist() == [0.0, 0.0, 0.0, 7.0, 0.0, 9.0]
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        jax.sharding.AxisType.Auto,
+        pytest.param(jax.sharding.AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_spread_over_a_mesh_like_the_clients(dataset, kind):
     mesh = jax.make_mesh((4,), ("clients",), axis_types=(kind,))
     algorithm = make(remembering_work(), execution=fc.Execution(mesh=mesh))

@@ -23,6 +23,9 @@ from fedjax_core.compression import Keys, Symbols, uniform_quantize
 from fedjax_core.datasets import spread
 from fedjax_core.errors import ArgumentError, FederatedTypeError
 
+# All in one process, which makes what they share once.
+pytestmark = pytest.mark.xdist_group("processes")
+
 SIZES = (17, 3, 0, 28, 9, 5, 14)  # seven clients: not divisible by four devices
 CLIENTS = [f"client {k}" for k in range(len(SIZES))]
 
@@ -178,7 +181,7 @@ def test_symbols_of_a_network_on_four_devices():
     check_sent(found, expected)
 
 
-@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_fewer_clients_than_devices_and_a_number_they_do_not_divide(size):
     cohort = make_dataset().cohort(CLIENTS[:size])
     expected, _ = plain_round(size)
@@ -187,7 +190,13 @@ def test_fewer_clients_than_devices_and_a_number_they_do_not_divide(size):
     np.testing.assert_allclose(flat(found.params), flat(expected.params), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        jax.sharding.AxisType.Auto,
+        pytest.param(jax.sharding.AxisType.Explicit, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_a_cohort_that_is_spread(kind, lanes):
     mesh = jax.make_mesh((4,), ("clients",), axis_types=(kind,))
