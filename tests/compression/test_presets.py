@@ -154,7 +154,7 @@ def test_names_that_are_none_are_refused():
     with pytest.raises(CodecError, match="expected one of tff_8bit, dense_8bit"):
         preset("dense")
     with pytest.raises(CodecError, match="expected one of"):
-        preset(8)  # pyright: ignore[reportArgumentType]
+        preset(8)
 
 
 def test_the_command_line_knows_them_all():
