@@ -249,7 +249,7 @@ def to_bytes(codec: Codec, message: Message) -> bytes:
     Raises:
       CodecError: `message` is not a `Message`, or not one of this codec.
     """
-    return codec.to_bytes(_check_message(message))
+    return codec.to_bytes(check_message(message))
 
 
 def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message) -> Message:
@@ -275,7 +275,7 @@ def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message
       array([1.5, 2.5], dtype=float32)
     """
     data = _check_bytes(data)
-    message, rest = codec.from_bytes(_check_message(like), data)
+    message, rest = codec.from_bytes(check_message(like), data)
     if rest:
         expected = len(data) - len(rest)
         raise CodecError(
@@ -285,7 +285,24 @@ def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message
     return message
 
 
-def _check_message(message: Message) -> Message:
+def check_codec(codec: Any, where: str) -> None:
+    """Raises unless `codec` is one.
+
+    Raises:
+      CodecError: it is something else.
+    """
+    if not isinstance(codec, Codec):
+        raise CodecError(
+            f"expected a codec {where}, got {codec!r}; pass one such as top_k(0.1), called."
+        )
+
+
+def check_message(message: Message) -> Message:
+    """`message` itself, if it is one.
+
+    Raises:
+      CodecError: it is something else.
+    """
     if not isinstance(message, Message):
         raise CodecError(
             f"expected a Message, got {type(message).__name__}; encode the value first: "

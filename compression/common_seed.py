@@ -8,7 +8,7 @@ message, and all of it with a common seed.
 
 from typing import Any
 
-from fedjax_core.compression.base import Codec, Keys, Message
+from fedjax_core.compression.base import Codec, Keys, Message, check_codec
 
 
 def common_seed(codec: Codec) -> Codec:
@@ -29,6 +29,7 @@ def common_seed(codec: Codec) -> Codec:
       >>> codec.name, codec.traits.needs_seed, codec.traits.independent
       ('common_seed(eden(bits=1))', False, False)
     """
+    check_codec(codec, "to share a seed")
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
         return codec.encode(Keys(keys.shared, keys.shared), memory, hints, value)

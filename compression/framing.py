@@ -28,6 +28,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import wire
-from fedjax_core.compression.base import Codec, Keys, Message, from_bytes, to_bytes
+from fedjax_core.compression.base import (
+    Codec,
+    Keys,
+    Message,
+    check_message,
+    from_bytes,
+    to_bytes,
+)
 from fedjax_core.errors import CodecError
 
 _MAGIC, _VERSION = b"FC", 1
@@ -89,6 +97,10 @@ def frame(
       (39, [1.5, 2.5], 20.0)
     """
     body = to_bytes(codec, message)
+    if keys is not None and not isinstance(keys, Keys):
+        raise CodecError(f"expected Keys(shared, client) or None, got {keys!r}.")
+    if weight is not None and not _is_float32(weight):
+        raise CodecError(f"expected weight to be a number that float32 holds, got {weight!r}.")
     flags = _SEEDS * (keys is not None) | _WEIGHT * (weight is not None)
     parts = [
         _HEAD.pack(_MAGIC, _VERSION, flags, _codec_id(codec)),
@@ -126,7 +138,7 @@ def unframe(codec: Codec, data: bytes | bytearray | memoryview, like: Message) -
     _check(version == _VERSION, f"a frame of version {_VERSION}", f"version {version}")
     _check(flags in range(4), "flags of 0 to 3", str(flags))
     _check(codec_id == _codec_id(codec), f"a message of {codec.name}", f"one of {codec_id.hex()}")
-    table = _table(like)
+    table = _table(check_message(like))
     got = bytes(reader.take(len(table)))
     _check(got == table, f"the tensors {_describe(like)}", "others")
     keys = _read_keys(reader) if flags & _SEEDS else None
@@ -184,6 +196,11 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
         return unframe(codec, data, like).message
 
     return travel, frame_bits(codec, like)
+
+
+def _is_float32(weight: Any) -> bool:
+    is_number = isinstance(weight, Real | np.number) and not isinstance(weight, bool)
+    return is_number and abs(float(weight)) <= float(np.finfo(np.float32).max)
 
 
 def _check(is_right: bool, expected: str, got: str) -> None:

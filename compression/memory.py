@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_core.compression.base import Codec, Keys, Message, Report
+from fedjax_core.compression.base import Codec, Keys, Message, Report, check_codec
 from fedjax_core.errors import CodecError
 
 
@@ -48,6 +48,7 @@ def error_feedback(codec: Codec) -> Codec:
       [3.0, 0.0]
       [0.0, 4.0]
     """
+    check_codec(codec, "under error feedback")
     if not codec.traits.contractive:
         raise CodecError(
             f"expected a contractive codec under error feedback, got {codec.name}: one message may "

@@ -17,6 +17,7 @@ from fedjax_core.compression import (
     Keys,
     Message,
     chain,
+    common_seed,
     eden,
     elias_gamma,
     error_feedback,
@@ -240,3 +241,19 @@ def test_dataclasses_of_messages_are_not_trusted_to_have_the_right_shape():
     wrong = dataclasses.replace(message.payload, codes=np.full(8, 200, np.uint8))
     with pytest.raises(CodecError, match="expected integers in"):
         frame(codec, message._replace(payload=wrong))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "expected"),
+    [
+        (lambda m: frame(identity(), m, weight="x"), "expected weight to be a number"),
+        (lambda m: frame(identity(), m, weight=1e300), "expected weight to be a number"),
+        (lambda m: frame(identity(), m, keys=(1, 2)), "expected Keys"),
+        (lambda m: unframe(identity(), frame(identity(), m), 3), "expected a Message"),
+        (lambda m: error_feedback(3), "expected a codec under error feedback"),
+        (lambda m: common_seed(3), "expected a codec to share a seed"),
+    ],
+)
+def test_misuse_is_named(misuse, expected):
+    with pytest.raises(CodecError, match=expected):
+        misuse(Message(np.float32([1.0])))
