@@ -8,7 +8,8 @@ differences are paired.
     python benchmarks/mnist_fedavg.py --data-dir DIR      # DIR holds t10k-images-idx3-ubyte.gz and
     its labels
 
-Prints a table and writes it as JSON with the machine, the versions and the commit.
+Prints a table and writes it as JSON, each row with the machine, the versions and the commit. A row
+of the file that is not measured now stays as it is.
 """
 
 import argparse
@@ -111,7 +112,8 @@ def main() -> int:
         print("skipped: give --data-dir, or set FEDJAX_CORE_DATA to a folder with mnist/")
         return 0
     model = fc.models.emnist_cnn()
-    results: dict[str, list[dict[str, float]]] = {}
+    report = _earlier(args.output, args.num_rounds)
+    results = report["results"]
     for name in args.uplinks:
         algorithm = fc.algorithms.fed_avg(
             model,
@@ -119,16 +121,29 @@ def main() -> int:
             aggregator=fc.aggregators.mean(codec=UPLINKS[name](), secure=name == "secure"),
             batch_size=BATCH_SIZE,
         )
+        results[name] = []
         for seed in range(args.num_seeds):
             result = run(algorithm, model, data_dir, seed, args.num_rounds)
-            results.setdefault(name, []).append(result)
+            results[name].append(result)
             print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+        report["machines"][name] = describe_machine()
         if args.output:
-            machine = describe_machine()
-            report = {"machine": machine, "num_rounds": args.num_rounds, "results": results}
             args.output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(results))
     return 0
+
+
+def _earlier(output: pathlib.Path | None, num_rounds: int) -> dict[str, Any]:
+    """The report to add to: rows that are not measured now stay, each with its machine."""
+    if output is None or not output.exists():
+        return {"num_rounds": num_rounds, "machines": {}, "results": {}}
+    report = json.loads(output.read_text())
+    if report["num_rounds"] != num_rounds:
+        raise SystemExit(
+            f"{output} holds runs of {report['num_rounds']} rounds, not of {num_rounds}; "
+            "name another file"
+        )
+    return report
 
 
 def _default_data_dir() -> pathlib.Path | None:
@@ -138,20 +153,22 @@ def _default_data_dir() -> pathlib.Path | None:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """The table in Markdown: means over the seeds, and differences paired by seed."""
-    baseline = [run["accuracy"] for run in results["uncompressed"]]
+    baseline = [run["accuracy"] for run in results.get("uncompressed", [])]
+    ordered = {name: results[name] for name in UPLINKS if name in results}
     lines = [
         "| uplink | test accuracy | by seed | points lost | bits a parameter | ratio | s a round |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, runs in results.items():
+    for name, runs in ordered.items():
         accuracy = [run["accuracy"] for run in runs]
-        gap = 100 * statistics.mean(b - a for a, b in zip(accuracy, baseline, strict=True))
+        lost = [100 * (b - a) for a, b in zip(accuracy, baseline, strict=False)]
+        gap = f"{statistics.mean(lost):.2f}" if lost else "-"
         bits = statistics.mean(run["bits_per_param"] for run in runs)
         seconds = statistics.median(run["seconds_per_round"] for run in runs)
         lines.append(
             f"| {name} | {statistics.mean(accuracy):.4f} "
             f"| {' '.join(f'{a:.4f}' for a in accuracy)} "
-            f"| {gap:.2f} | {bits:.4f} | {32 / bits:.2f}x | {seconds:.2f} |"
+            f"| {gap} | {bits:.4f} | {32 / bits:.2f}x | {seconds:.2f} |"
         )
     return "\n".join(lines)
 
