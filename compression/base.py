@@ -291,10 +291,14 @@ def check_codec(codec: Any, where: str) -> None:
     Raises:
       CodecError: it is something else.
     """
-    if not isinstance(codec, Codec):
-        raise CodecError(
-            f"expected a codec {where}, got {codec!r}; pass one such as top_k(0.1), called."
-        )
+    if isinstance(codec, Codec):
+        return
+    remedy = "pass one such as top_k(0.1)"
+    if callable(codec):
+        remedy = "call it, as in top_k(0.1)"
+    elif isinstance(codec, list | tuple):
+        remedy = "pass codecs, not a list: chain(...) makes one of several"
+    raise CodecError(f"expected a codec {where}, got {codec!r}; {remedy}.")
 
 
 def check_message(message: Message) -> Message:

@@ -19,16 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.chain import chain
+from fedjax_core.compression.checks import whole
 from fedjax_core.compression.gaussian import bounded_levels
 from fedjax_core.compression.hadamard import hadamard_rotation
 from fedjax_core.compression.numerics import finite, is_drawn, ratio, wide
 from fedjax_core.compression.positions import Positions
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.sparse import largest_positions
 from fedjax_core.compression.wire import Symbols
-from fedjax_core.errors import CodecError
 
 # One element in so many is sent as it is.
 _ELEMENTS_PER_OUTLIER = 512
@@ -77,12 +77,10 @@ def bounded_support(bits: int, *, block: int = 4096, min_size: int = 20_000) -> 
       >>> int(codec.bits(message))  # symbols, T, eight outliers and their positions of 12 bits
       8576
     """
-    is_integer = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
-    if not is_integer or not 1 <= bits <= 4:
-        raise CodecError(f"expected bits to be 1, 2, 3 or 4, got {bits!r}.")
+    width = whole("bits", bits, 1, 4)
     rotation = hadamard_rotation(block, min_size=min_size)
     shown = "" if block == 4096 else f", block={block}"
-    codec = chain(rotation, _bounded(int(bits), check_min_size(min_size)))
+    codec = chain(rotation, _bounded(width, min_size))
     return codec._replace(name=f"bounded_support({bits}{shown})")
 
 
@@ -91,22 +89,15 @@ def _bounded(bits: int, min_size: int) -> Codec:
     # From -1 to 1.
     levels = levels / levels[-1]
 
-    def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, _Side]:
-            return _quantize(jax.random.fold_in(keys.client, index), tensor, levels, bits)
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, _Side]:
+        return _quantize(key, tensor, levels, bits)
 
-        return encode_large(value, min_size, encode_tensor)
+    def decode_tensor(key: jax.Array, symbols: Symbols, side: _Side) -> jax.Array:
+        del key
+        return _dequantize(symbols, side, levels)
 
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-
-        def decode_tensor(index: int, symbols: Symbols, side: _Side) -> jax.Array:
-            del index
-            return _dequantize(symbols, side, levels)
-
-        return decode_large(message, Symbols, decode_tensor)
-
-    return stateless(f"bounded({bits})", Traits(unbiased=True), encode, decode)
+    traits = Traits(unbiased=True)
+    return tensorwise(f"bounded({bits})", traits, min_size, encode_tensor, decode_tensor)
 
 
 def _quantize(

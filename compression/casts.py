@@ -9,17 +9,16 @@ References:
   Micikevicius et al. FP8 formats for deep learning. 2022, arXiv:2209.05433.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.numerics import ratio, wide
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
+
+_TRAITS = Traits(contractive=True)
 
 
 def bfloat16(*, min_size: int = 20_000) -> Codec:
@@ -44,19 +43,19 @@ def bfloat16(*, min_size: int = 20_000) -> Codec:
       [1.0, 1.0, -2.5]
     """
 
-    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, tuple[()]]:
-        del index
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, tuple[()]]:
+        del key
         limit = float(jnp.finfo(jnp.bfloat16).max)
         x = wide(tensor)
         kept = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
         codes = jax.lax.bitcast_convert_type(kept.astype(jnp.bfloat16), jnp.uint16)
         return Symbols(codes, 16, np.dtype(tensor.dtype)), ()
 
-    def decode_tensor(index: int, symbols: Symbols, side: tuple[()]) -> jax.Array:
-        del index, side
+    def decode_tensor(key: jax.Array, symbols: Symbols, side: tuple[()]) -> jax.Array:
+        del key, side
         return jax.lax.bitcast_convert_type(symbols.codes, jnp.bfloat16).astype(symbols.dtype)
 
-    return _cast("bfloat16()", min_size, encode_tensor, decode_tensor)
+    return tensorwise("bfloat16()", _TRAITS, min_size, encode_tensor, decode_tensor)
 
 
 def float8(*, min_size: int = 20_000) -> Codec:
@@ -85,36 +84,17 @@ def float8(*, min_size: int = 20_000) -> Codec:
     """
     limit = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
-    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-        del index
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        del key
         x = wide(tensor)
         largest = jnp.max(jnp.abs(x))
         cast = (ratio(x, largest) * limit).astype(jnp.float8_e4m3fn)
         codes = jax.lax.bitcast_convert_type(cast, jnp.uint8)
         return Symbols(codes, 8, np.dtype(tensor.dtype)), largest
 
-    def decode_tensor(index: int, symbols: Symbols, largest: jax.Array) -> jax.Array:
-        del index
+    def decode_tensor(key: jax.Array, symbols: Symbols, largest: jax.Array) -> jax.Array:
+        del key
         cast = jax.lax.bitcast_convert_type(symbols.codes, jnp.float8_e4m3fn)
         return (cast.astype(largest.dtype) / limit * largest).astype(symbols.dtype)
 
-    return _cast("float8()", min_size, encode_tensor, decode_tensor)
-
-
-def _cast(
-    name: str,
-    min_size: int,
-    encode_tensor: Callable[[int, jax.Array], tuple[Symbols, Any]],
-    decode_tensor: Callable[[int, Symbols, Any], jax.Array],
-) -> Codec:
-    threshold = check_min_size(min_size)
-
-    def encode(keys: Keys, value: Any) -> Message:
-        del keys
-        return encode_large(value, threshold, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, Symbols, decode_tensor)
-
-    return stateless(name, Traits(contractive=True), encode, decode)
+    return tensorwise("float8()", _TRAITS, min_size, encode_tensor, decode_tensor)

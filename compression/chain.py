@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.bits import BitCount
-from fedjax_core.compression.base import Codec, Keys, Message, Report, Traits, identity, keep_total
+from fedjax_core.compression.base import (
+    Codec,
+    Keys,
+    Message,
+    Report,
+    Traits,
+    check_codec,
+    identity,
+    keep_total,
+)
 from fedjax_core.errors import CodecError
 
 
@@ -47,7 +56,7 @@ def chain(*codecs: Codec) -> Codec:
       'chain(top_k(0.1), uniform_quantize(bits=8))'
     """
     for position, codec in enumerate(codecs):
-        _check_codec(position, codec)
+        check_codec(codec, f"as argument {position} of chain")
     if len(codecs) < 2:
         return codecs[0] if codecs else identity()
     stages = _Stages(codecs)
@@ -190,16 +199,6 @@ class _Stages:
                 f"expected stage {position}, {codec.name}, to have no server state, because it is "
                 "undone for each message; put it before the stages that are not linear."
             )
-
-
-def _check_codec(position: int, codec: object) -> None:
-    if not isinstance(codec, Codec):
-        remedy = (
-            "call it, as in uniform_quantize(8)" if callable(codec) else "pass codecs, not a list"
-        )
-        raise CodecError(
-            f"expected a codec as argument {position} of chain, got {codec!r}; {remedy}."
-        )
 
 
 def _check_no_side(position: int, codec: Codec, message: Message) -> None:

@@ -22,19 +22,19 @@ References:
 import dataclasses
 import math
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Rotated, Traits, stateless
+from fedjax_core.compression.base import Codec, Rotated, Traits
 from fedjax_core.compression.chain import chain
 from fedjax_core.compression.gaussian import lloyd_max, middles
 from fedjax_core.compression.hadamard import check_block, rotate, rotate_back
 from fedjax_core.compression.numerics import finite, norm, ratio
 from fedjax_core.compression.sampled import rand_k
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
 from fedjax_core.errors import CodecError
 
@@ -111,12 +111,12 @@ def eden(
         raise CodecError(f"expected bits to be 1, 2, 3, 4 or a number in (0, 1), got {bits!r}.")
     if scale not in ("unbiased", "mmse"):
         raise CodecError(f'expected scale to be "unbiased" or "mmse", got {scale!r}.')
-    size, threshold = check_block(block), check_min_size(min_size)
+    size = check_block(block)
     name = _name("eden", [f"bits={bits}"], scale, block)
     if bits < 1:
-        drawn = rand_k(bits, common=False, unbiased=scale == "unbiased", min_size=threshold)
-        return chain(drawn, _eden("eden", 1, scale, size, threshold))._replace(name=name)
-    return _eden(name, int(bits), scale, size, threshold)
+        drawn = rand_k(bits, common=False, unbiased=scale == "unbiased", min_size=min_size)
+        return chain(drawn, _eden("eden", 1, scale, size, min_size))._replace(name=name)
+    return _eden(name, int(bits), scale, size, min_size)
 
 
 def _name(factory: str, shown: list[str], scale: str, block: int) -> str:
@@ -126,25 +126,18 @@ def _name(factory: str, shown: list[str], scale: str, block: int) -> str:
 
 
 def _eden(name: str, bits: int, scale: Scale, block: int, min_size: int) -> Codec:
-    def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Rotated, jax.Array]:
-            rotated = rotate(jax.random.fold_in(keys.client, index), tensor, block)
-            codes, scales = _quantize(rotated.values, bits, scale)
-            symbols = Symbols(codes, bits, np.dtype(rotated.values.dtype))
-            return dataclasses.replace(rotated, values=symbols), scales
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Rotated, jax.Array]:
+        rotated = rotate(key, tensor, block)
+        codes, scales = _quantize(rotated.values, bits, scale)
+        symbols = Symbols(codes, bits, np.dtype(rotated.values.dtype))
+        return dataclasses.replace(rotated, values=symbols), scales
 
-        return encode_large(value, min_size, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        def decode_tensor(index: int, rotated: Rotated, scales: jax.Array) -> jax.Array:
-            values = scales * _levels(bits, scales)[rotated.values.codes]
-            key = jax.random.fold_in(keys.client, index)
-            return rotate_back(key, dataclasses.replace(rotated, values=values))
-
-        return decode_large(message, Rotated, decode_tensor)
+    def decode_tensor(key: jax.Array, rotated: Rotated, scales: jax.Array) -> jax.Array:
+        values = scales * _levels(bits, scales)[rotated.values.codes]
+        return rotate_back(key, dataclasses.replace(rotated, values=values))
 
     traits = Traits(contractive=scale == "mmse", needs_seed=True)
-    return stateless(name, traits, encode, decode)
+    return tensorwise(name, traits, min_size, encode_tensor, decode_tensor, Rotated)
 
 
 def _levels(bits: int, like: jax.Array) -> jax.Array:

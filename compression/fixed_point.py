@@ -16,7 +16,6 @@ References:
   common rotation).
 """
 
-from numbers import Real
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report, Traits, stateless
+from fedjax_core.compression.checks import real, whole
 from fedjax_core.compression.numerics import finite, round_stochastically, wide
 from fedjax_core.compression.selection import (
     check_min_size,
@@ -32,7 +32,6 @@ from fedjax_core.compression.selection import (
     large_tensors,
 )
 from fedjax_core.compression.wire import Symbols
-from fedjax_core.errors import CodecError
 
 _MAX_BITS = 24
 # The range of a sender is known to a quarter of an octave, from 2**-20 to 2**12.
@@ -78,8 +77,9 @@ def fixed_point(
       >>> message.payload.codes.tolist(), message.payload.width
       ([3, -1, 127], 8)
     """
-    width, threshold = _check_bits(bits), check_min_size(min_size)
-    fixed = None if limit is None else _check_limit(limit)
+    width, threshold = whole("bits", bits, 2, _MAX_BITS), check_min_size(min_size)
+    unit = "it is the largest magnitude of an element, or None"
+    fixed = None if limit is None else real("limit", limit, 1e-30, 1e30, unit)
     highest = (1 << (width - 1)) - 1
 
     def init(template: Any) -> tuple[Any, Any]:
@@ -158,20 +158,3 @@ def _next_limit(limit: jax.Array, marks: jax.Array) -> jax.Array:
     bits = (lowest + highest + 1) << (_MANTISSA_BITS - _PER_OCTAVE_BITS)
     found = jax.lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
     return jnp.where(highest >= 0, found, limit)
-
-
-def _check_bits(bits: int) -> int:
-    is_integer = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
-    if not is_integer or not 2 <= bits <= _MAX_BITS:
-        raise CodecError(f"expected bits to be an integer from 2 to {_MAX_BITS}, got {bits!r}.")
-    return int(bits)
-
-
-def _check_limit(limit: float) -> float:
-    is_number = isinstance(limit, Real) and not isinstance(limit, bool)
-    if not is_number or not 1e-30 <= limit <= 1e30:
-        raise CodecError(
-            f"expected limit to be None or a number from 1e-30 to 1e30, got {limit!r}; "
-            "it is the largest magnitude of an element."
-        )
-    return float(limit)

@@ -57,11 +57,7 @@ def pack_bits(codes: np.ndarray, width: int) -> bytes:
       '2103'
     """
     flat = np.ravel(codes)
-    if flat.size and (int(flat.max()) >> width or int(flat.min()) < 0):
-        raise CodecError(
-            f"expected integers in [0, 2**{width}), got a range of [{flat.min()}, {flat.max()}]; "
-            "the message was not made by its codec."
-        )
+    _check_below(flat, 1 << width)
     if width in (8, 16):
         return flat.astype(f"<u{width // 8}").tobytes()
     chunks = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
@@ -116,11 +112,7 @@ def pack_trits(codes: np.ndarray) -> bytes:
       '0b01'
     """
     flat = np.ravel(codes)
-    if flat.size and not 0 <= flat.min() <= flat.max() <= 2:
-        raise CodecError(
-            f"expected integers in [0, 3), got a range of [{flat.min()}, {flat.max()}]; "
-            "the message was not made by its codec."
-        )
+    _check_below(flat, 3)
     padded = np.zeros((-(-flat.size // 5), 5), np.uint8)
     padded.reshape(-1)[: flat.size] = flat
     return (padded @ _TRIT_VALUES).tobytes()
@@ -202,6 +194,14 @@ PACKINGS: dict[PackingName, Packing] = {
         lambda count, width: 4 * -(-count * width // _WORD_BITS), pack_words, unpack_words
     ),
 }
+
+
+def _check_below(codes: np.ndarray, end: int) -> None:
+    if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < end:
+        raise CodecError(
+            f"expected integers in [0, {end}), got a range of [{codes.min()}, {codes.max()}]; "
+            "the message was not made by its codec."
+        )
 
 
 def _pack_chunk(codes: np.ndarray, width: int) -> bytes:

@@ -11,13 +11,12 @@ References:
   quantization and encoding. NeurIPS 2017, arXiv:1610.02132.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
+from fedjax_core.compression.checks import whole
 from fedjax_core.compression.numerics import (
     finite,
     norm,
@@ -25,9 +24,8 @@ from fedjax_core.compression.numerics import (
     round_stochastically,
     wide,
 )
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
-from fedjax_core.errors import CodecError
 
 _MAX_LEVELS = 2**15 - 1
 
@@ -68,35 +66,19 @@ def qsgd(levels: int, bucket: int | None = None, *, min_size: int = 20_000) -> C
       >>> codec.decode(keys, (), message).tolist()
       [0.0, -3.0, 0.0]
     """
-    num_levels = _check_whole("levels", levels, _MAX_LEVELS)
-    size = None if bucket is None else _check_whole("bucket", bucket, 2**31 - 1)
-    threshold = check_min_size(min_size)
+    num_levels = whole("levels", levels, 1, _MAX_LEVELS)
+    size = None if bucket is None else whole("bucket", bucket, 1, 2**31 - 1)
 
-    def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-            key = jax.random.fold_in(keys.client, index)
-            return _quantize(key, tensor, num_levels, size or tensor.size)
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        return _quantize(key, tensor, num_levels, size or tensor.size)
 
-        return encode_large(value, threshold, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-
-        def decode_tensor(index: int, symbols: Symbols, norms: jax.Array) -> jax.Array:
-            del index
-            return _dequantize(symbols, norms, num_levels, size or symbols.codes.size)
-
-        return decode_large(message, Symbols, decode_tensor)
+    def decode_tensor(key: jax.Array, symbols: Symbols, norms: jax.Array) -> jax.Array:
+        del key
+        return _dequantize(symbols, norms, num_levels, size or symbols.codes.size)
 
     shown = "" if bucket is None else f", bucket={bucket}"
-    return stateless(f"qsgd({levels}{shown})", Traits(unbiased=True), encode, decode)
-
-
-def _check_whole(name: str, number: int, limit: int) -> int:
-    is_integer = isinstance(number, int | np.integer) and not isinstance(number, bool)
-    if not is_integer or not 1 <= number <= limit:
-        raise CodecError(f"expected {name} to be an integer from 1 to {limit}, got {number!r}.")
-    return int(number)
+    name = f"qsgd({levels}{shown})"
+    return tensorwise(name, Traits(unbiased=True), min_size, encode_tensor, decode_tensor)
 
 
 def _in_buckets(tensor: jax.Array, size: int) -> jax.Array:

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import wire
-from fedjax_core.compression.base import Message, Rotated, Survivors
+from fedjax_core.compression.base import (
+    Codec,
+    Keys,
+    Message,
+    Rotated,
+    Survivors,
+    Traits,
+    stateless,
+)
 from fedjax_core.errors import CodecError
 
 
@@ -29,6 +37,47 @@ def check_min_size(min_size: int) -> int:
             "tensors with more elements than min_size are compressed."
         )
     return int(min_size)
+
+
+def tensorwise(
+    name: str,
+    traits: Traits,
+    min_size: int,
+    encode_tensor: Callable[[jax.Array, jax.Array], tuple[Any, Any]],
+    decode_tensor: Callable[[jax.Array, Any, Any], jax.Array],
+    kind: type = wire.Symbols,
+) -> Codec:
+    """A codec that encodes each large floating tensor for itself.
+
+    Args:
+      name: how the codec was made.
+      traits: what holds for every value.
+      min_size: tensors with strictly more elements are encoded, all others travel raw.
+      encode_tensor: ``(key, tensor) -> (encoded, side)`` with the sender's key for this tensor.
+      decode_tensor: ``(key, encoded, side) -> tensor`` with the same key.
+      kind: the type of what `encode_tensor` makes.
+
+    Returns:
+      The codec.
+
+    Raises:
+      CodecError: `min_size` is not a number of elements.
+    """
+    threshold = check_min_size(min_size)
+
+    def encode(keys: Keys, value: Any) -> Message:
+        def encode_one(index: int, tensor: jax.Array) -> tuple[Any, Any]:
+            return encode_tensor(jax.random.fold_in(keys.client, index), tensor)
+
+        return encode_large(value, threshold, encode_one)
+
+    def decode(keys: Keys, message: Message) -> Any:
+        def decode_one(index: int, encoded: Any, side: Any) -> jax.Array:
+            return decode_tensor(jax.random.fold_in(keys.client, index), encoded, side)
+
+        return decode_large(message, kind, decode_one)
+
+    return stateless(name, traits, encode, decode)
 
 
 def encode_large(

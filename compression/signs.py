@@ -10,15 +10,13 @@ References:
   schemes. ICML 2019, arXiv:1901.09847 (the scale).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.numerics import mean_magnitude, wide
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
 
 
@@ -48,23 +46,15 @@ def scaled_sign(*, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [1.0, -1.0, 1.0, 1.0]
     """
-    threshold = check_min_size(min_size)
 
-    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-        del index
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        del key
         codes = (tensor >= 0).astype(jnp.uint8)
         return Symbols(codes, 1, np.dtype(tensor.dtype)), mean_magnitude(wide(tensor))
 
-    def decode_tensor(index: int, symbols: Symbols, scale: jax.Array) -> jax.Array:
-        del index
+    def decode_tensor(key: jax.Array, symbols: Symbols, scale: jax.Array) -> jax.Array:
+        del key
         return jnp.where(symbols.codes == 1, scale, -scale).astype(symbols.dtype)
 
-    def encode(keys: Keys, value: Any) -> Message:
-        del keys
-        return encode_large(value, threshold, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, Symbols, decode_tensor)
-
-    return stateless("scaled_sign()", Traits(contractive=True), encode, decode)
+    traits = Traits(contractive=True)
+    return tensorwise("scaled_sign()", traits, min_size, encode_tensor, decode_tensor)

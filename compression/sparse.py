@@ -16,14 +16,13 @@ References:
 import math
 from fractions import Fraction
 from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_core.compression.base import Codec, Keys, Message, Survivors, Traits, stateless
+from fedjax_core.compression.base import Codec, Survivors, Traits
 from fedjax_core.compression.positions import Positions
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.errors import CodecError
 
 
@@ -52,23 +51,22 @@ def top_k(fraction: float, *, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [0.0, -4.0, 2.0, 0.0]
     """
-    exact, threshold = check_fraction(fraction), check_min_size(min_size)
+    exact = check_fraction(fraction)
 
-    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Survivors, Positions]:
-        del index
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Survivors, Positions]:
+        del key
         flat = jnp.ravel(tensor)
         indices = largest_positions(flat, math.ceil(exact * flat.size))
         return Survivors(flat[indices], tensor.shape), Positions(indices, flat.size)
 
-    def encode(keys: Keys, value: Any) -> Message:
-        del keys
-        return encode_large(value, threshold, encode_tensor)
+    def decode_tensor(key: jax.Array, survivors: Survivors, positions: Positions) -> jax.Array:
+        del key
+        return scatter(survivors, positions.indices)
 
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, Survivors, _scatter)
-
-    return stateless(f"top_k({fraction})", Traits(contractive=True), encode, decode)
+    traits = Traits(contractive=True)
+    return tensorwise(
+        f"top_k({fraction})", traits, min_size, encode_tensor, decode_tensor, Survivors
+    )
 
 
 def largest_positions(flat: jax.Array, count: int) -> jax.Array:
@@ -119,11 +117,6 @@ def _smallest_kept(magnitude: jax.Array, count: int, width: int) -> jax.Array:
         return jnp.where(reached >= count, candidate, found)
 
     return jax.lax.fori_loop(0, width - 1, set_bit, jnp.zeros((), magnitude.dtype))
-
-
-def _scatter(index: int, survivors: Survivors, positions: Positions) -> jax.Array:
-    del index
-    return scatter(survivors, positions.indices)
 
 
 def scatter(survivors: Survivors, indices: jax.Array) -> jax.Array:

@@ -32,13 +32,14 @@ References:
 import dataclasses
 import math
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
+from fedjax_core.compression.checks import real
 from fedjax_core.compression.numerics import (
     centered_uniform,
     divisor,
@@ -48,7 +49,7 @@ from fedjax_core.compression.numerics import (
     round_stochastically,
     wide,
 )
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
 from fedjax_core.errors import CodecError
 
@@ -101,23 +102,18 @@ def step_quantize(
       >>> message.payload.codes.tolist(), [f"{x:.3f}" for x in codec.decode(keys, (), message)]
       ([1, -1, 0, 0], ['2.136', '-2.136', '0.000', '0.000'])
     """
-    grid = _Steps(_check_step(step), rounding, correction, _check_dead_zone(dead_zone))
+    unit = "it is in root mean squares of the tensor"
+    own_step = real("step", step, 1e-6, 1e6, unit)
+    grid = _Steps(own_step, rounding, correction, _check_dead_zone(dead_zone))
     _check_choices(grid)
-    threshold = check_min_size(min_size)
 
-    def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-            return grid.quantize(tensor, jax.random.fold_in(keys.client, index))
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        return grid.quantize(tensor, key)
 
-        return encode_large(value, threshold, encode_tensor)
+    def decode_tensor(key: jax.Array, symbols: Symbols, side: jax.Array) -> jax.Array:
+        return grid.dequantize(symbols, side, key)
 
-    def decode(keys: Keys, message: Message) -> Any:
-        def decode_tensor(index: int, symbols: Symbols, side: jax.Array) -> jax.Array:
-            return grid.dequantize(symbols, side, jax.random.fold_in(keys.client, index))
-
-        return decode_large(message, Symbols, decode_tensor)
-
-    return stateless(grid.name, grid.traits, encode, decode)
+    return tensorwise(grid.name, grid.traits, min_size, encode_tensor, decode_tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,16 +205,6 @@ def _centroids(p: jax.Array, q: jax.Array) -> jax.Array:
     sums = jnp.stack([jnp.sum(jnp.where(q == k, p - k, 0)) for k in symbols])
     counts = jnp.stack([jnp.sum(q == k) for k in symbols]).astype(p.dtype)
     return jnp.asarray(np.array(symbols), p.dtype) + sums / jnp.maximum(counts, 1)
-
-
-def _check_step(step: float) -> float:
-    is_number = isinstance(step, Real) and not isinstance(step, bool)
-    if not is_number or not 1e-6 <= step <= 1e6:
-        raise CodecError(
-            f"expected step to be a number from 1e-6 to 1e6, got {step!r}; "
-            "it is in root mean squares of the tensor."
-        )
-    return float(step)
 
 
 def _check_dead_zone(dead_zone: float) -> float:

@@ -14,15 +14,14 @@ References:
 """
 
 import math
-from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.chain import chain
+from fedjax_core.compression.checks import real
 from fedjax_core.compression.numerics import (
     finite,
     norm,
@@ -30,11 +29,10 @@ from fedjax_core.compression.numerics import (
     round_stochastically,
     wide,
 )
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.signs import scaled_sign
 from fedjax_core.compression.sparse import top_k
 from fedjax_core.compression.wire import Symbols
-from fedjax_core.errors import CodecError
 
 
 def tern_grad(clip: float | None = 2.5, *, min_size: int = 20_000) -> Codec:
@@ -70,19 +68,13 @@ def tern_grad(clip: float | None = 2.5, *, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [2.0, 0.0, -2.0]
     """
-    limit, threshold = _check_clip(clip), check_min_size(min_size)
+    limit = None if clip is None else real("clip", clip, 1, hint="it is in root mean squares")
 
-    def encode(keys: Keys, value: Any) -> Message:
-        def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
-            return _quantize(jax.random.fold_in(keys.client, index), tensor, limit)
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
+        return _quantize(key, tensor, limit)
 
-        return encode_large(value, threshold, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, Symbols, _dequantize)
-
-    return stateless(f"tern_grad(clip={clip})", Traits(unbiased=limit is None), encode, decode)
+    traits = Traits(unbiased=limit is None)
+    return tensorwise(f"tern_grad(clip={clip})", traits, min_size, encode_tensor, _dequantize)
 
 
 def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:
@@ -115,16 +107,6 @@ def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:
     return chain(*stages)._replace(name=f"sparse_ternary({fraction})")
 
 
-def _check_clip(clip: float | None) -> float | None:
-    is_number = isinstance(clip, Real) and not isinstance(clip, bool)
-    if clip is not None and not (is_number and 1 <= clip < float("inf")):
-        raise CodecError(
-            f"expected clip to be None or a number of at least 1, got {clip!r}; "
-            "it is in root mean squares."
-        )
-    return clip if clip is None else float(clip)
-
-
 def _quantize(key: jax.Array, tensor: jax.Array, clip: float | None) -> tuple[Symbols, jax.Array]:
     x = wide(tensor)
     scale = jnp.max(jnp.abs(x))
@@ -137,6 +119,6 @@ def _quantize(key: jax.Array, tensor: jax.Array, clip: float | None) -> tuple[Sy
     return Symbols(codes.astype(jnp.uint8), 2, np.dtype(tensor.dtype), "trits"), scale
 
 
-def _dequantize(index: int, symbols: Symbols, scale: jax.Array) -> jax.Array:
-    del index
+def _dequantize(key: jax.Array, symbols: Symbols, scale: jax.Array) -> jax.Array:
+    del key
     return ((symbols.codes.astype(scale.dtype) - 1) * scale).astype(symbols.dtype)

@@ -14,7 +14,6 @@ References:
 
 import dataclasses
 import math
-from numbers import Real
 from typing import Any, Self
 
 import jax
@@ -22,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.bits import BitCount
-from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.base import Codec, Traits
+from fedjax_core.compression.checks import real
 from fedjax_core.compression.coding import Coded
 from fedjax_core.compression.numerics import norm, wide
-from fedjax_core.compression.selection import check_min_size, decode_large, encode_large
+from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.universal import ZeroRuns
 from fedjax_core.compression.wire import Packed, Symbols, take
-from fedjax_core.errors import CodecError
 
 
 @jax.tree_util.register_dataclass
@@ -95,10 +94,10 @@ def threshold(limit: float, *, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [0.0, -4.0, 0.0, 3.0]
     """
-    exact, smallest = _check_limit(limit), check_min_size(min_size)
+    exact = real("limit", limit, 0, hint="it is in root mean squares of the tensor")
 
-    def encode_tensor(index: int, tensor: jax.Array) -> tuple[Masked, tuple[()]]:
-        del index
+    def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Masked, tuple[()]]:
+        del key
         flat = jnp.ravel(wide(tensor))
         least = norm(flat)[0] * (exact / math.sqrt(flat.size))
         # Nothing is below a NaN.
@@ -106,23 +105,11 @@ def threshold(limit: float, *, min_size: int = 20_000) -> Codec:
         mask = Coded(Symbols(is_sent.astype(jnp.uint8), 1, np.dtype(tensor.dtype)), ZeroRuns())
         return Masked(jnp.where(is_sent, tensor, jnp.zeros_like(tensor)), mask), ()
 
-    def encode(keys: Keys, value: Any) -> Message:
-        del keys
-        return encode_large(value, smallest, encode_tensor)
-
-    def decode(keys: Keys, message: Message) -> Any:
-        del keys
-        return decode_large(message, Masked, lambda index, masked, side: masked.values)
+    def decode_tensor(key: jax.Array, masked: Masked, side: tuple[()]) -> jax.Array:
+        del key, side
+        return masked.values
 
     # Some element is at least as large as the root mean square.
-    return stateless(f"threshold({exact:g})", Traits(contractive=exact <= 1), encode, decode)
-
-
-def _check_limit(limit: float) -> float:
-    is_number = isinstance(limit, Real) and not isinstance(limit, bool)
-    if not is_number or not 0 <= limit < math.inf:
-        raise CodecError(
-            f"expected limit to be a number of at least 0, got {limit!r}; "
-            "it is in root mean squares of the tensor."
-        )
-    return float(limit)
+    traits = Traits(contractive=exact <= 1)
+    name = f"threshold({exact:g})"
+    return tensorwise(name, traits, min_size, encode_tensor, decode_tensor, Masked)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
+from fedjax_core.compression.checks import whole
 from fedjax_core.compression.numerics import (
     centered_uniform,
     finite,
@@ -102,7 +103,7 @@ def uniform_quantize(
     rounding = _check_rounding(rounding, stochastic)
     if range not in ("min_max", "common"):
         raise CodecError(f'expected range to be "min_max" or "common", got {range!r}.')
-    grid = _Grid(_check_bits(bits), rounding, "dense")
+    grid = _Grid(whole("bits", bits, 1, _MAX_BITS), rounding, "dense")
     shown = "" if rounding == "stochastic" else f", rounding={rounding}"
     shown += "" if range == "min_max" else f", range={range}"
     name = f"uniform_quantize(bits={grid.width}{shown})"
@@ -219,13 +220,6 @@ def _bounds(tensors: list[jax.Array]) -> jax.Array:
         for end in (jnp.min, jnp.max)
     )
     return jnp.stack([jnp.min(low), jnp.max(high)])
-
-
-def _check_bits(bits: int) -> int:
-    is_integer = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
-    if not is_integer or not 1 <= bits <= _MAX_BITS:
-        raise CodecError(f"expected bits to be an integer from 1 to {_MAX_BITS}, got {bits!r}.")
-    return int(bits)
 
 
 def _check_rounding(rounding: Rounding, stochastic: bool) -> Rounding:

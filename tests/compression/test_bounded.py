@@ -31,5 +31,5 @@ def test_bits(bits_of):
 
 @pytest.mark.parametrize("bits", [0, 5, 2.0, True])
 def test_bits_out_of_range_are_refused(bits):
-    with pytest.raises(CodecError, match="expected bits to be 1, 2, 3 or 4"):
+    with pytest.raises(CodecError, match="expected bits to be an integer from 1 to 4"):
         bounded_support(bits)

@@ -201,7 +201,7 @@ def test_chain_of_nothing_and_of_one():
 
 @pytest.mark.parametrize(
     ("argument", "remedy"),
-    [(uniform_quantize, "call it"), ([identity()], "not a list"), (None, "pass codecs")],
+    [(uniform_quantize, "call it"), ([identity()], "not a list"), (None, "pass one such as")],
 )
 def test_what_is_no_codec_is_refused(argument, remedy):
     with pytest.raises(CodecError, match=rf"argument 1 of chain.*{remedy}"):

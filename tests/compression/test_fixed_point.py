@@ -171,7 +171,7 @@ def test_clipping_bounds_what_is_summed():
     [
         ({"bits": 1}, "expected bits to be an integer from 2 to 24"),
         ({"bits": 25}, "expected bits"),
-        ({"limit": 0}, "expected limit to be None or a number"),
+        ({"limit": 0}, "expected limit to be a number"),
         ({"limit": np.inf}, "expected limit"),
         ({"min_size": -1}, "expected min_size"),
     ],
