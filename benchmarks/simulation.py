@@ -16,13 +16,15 @@
 | overhead     | what does a round cost that has next to nothing to compute?                       |
 | growth       | do ten times the clients take ten times the time?                                 |
 | choice       | what does `explain` say, and what would another choice cost?                      |
+| codecs       | what does compression add to a round, and how long does the host code a message?  |
 
 Every part runs in a fresh process, so that peaks of memory are its own. What is compared takes
 turns; ratios are medians of those within a repeat, so that a busy machine is the same for both.
 Speakers need the environment variable FEDJAX_CORE_DATA, see `workloads`.
 
-Prints a table and writes it as JSON with the machine, the versions and the commit. The status is 1
-if a figure misses its limit or a part fails.
+Prints a table and writes it as JSON, each part with the machine, the versions and the commit. A
+part of the file that is not measured now stays as it is. The status is 1 if a figure misses its
+limit or a part fails.
 """
 
 import argparse
@@ -53,6 +55,7 @@ import fedjax_core as fc
 from benchmarks import workloads
 from benchmarks.machine import describe_machine
 from benchmarks.peers import jax_lstm
+from fedjax_core import compression
 from fedjax_core.datasets import DeviceDataset, FederatedDataset, partition, sampling
 from fedjax_core.learning.algorithm import Algorithm, federated_learning
 from fedjax_core.learning.batching import shuffle, take_batch
@@ -574,6 +577,63 @@ def choice(sizes: Sizes) -> Found:
     return Found(figures, notes)
 
 
+def codecs(sizes: Sizes) -> Found:
+    """A round of the FedAvg CNN with each codec, over one without."""
+    dataset = prototypes(sizes).on_device()
+    cohort = dataset.cohort(dataset.client_ids)
+    nearest = compression.uniform_quantize(8, stochastic=False)
+    uplinks = {"dense_8bit, to the nearest": nearest, **PRESET_CODECS}
+    limits = {"dense_8bit, to the nearest": 1.05, "dense_8bit": 1.2}
+
+    def way(codec: compression.Codec | None, secure: bool) -> Callable[[], None]:
+        aggregator = fc.aggregators.mean(codec=codec, secure=secure)
+        algorithm = fed_avg(fc.models.emnist_cnn(), aggregator=aggregator)
+        state = algorithm.init(jax.random.key(SEED))
+
+        def take() -> None:
+            jax.block_until_ready(algorithm.update(state, cohort))
+
+        return take
+
+    ways = [way(None, False), *(way(codec, name == "secure") for name, codec in uplinks.items())]
+    warm_up(*ways)
+    raw, *others = alternate(2 * sizes.repeats, *ways)
+    figures = [
+        Figure(f"round with {name} / raw", ratio(seconds, raw), limits.get(name))
+        for name, seconds in zip(uplinks, others, strict=True)
+    ]
+    return Found(figures, {"seconds": {"raw": raw, **dict(zip(uplinks, others, strict=True))}})
+
+
+def coding(sizes: Sizes) -> Found:
+    """The bytes of one client's update of the FedAvg CNN, there and back on the host."""
+    dataset = prototypes(sizes)
+    algorithm = fed_avg(fc.models.emnist_cnn())
+    state = algorithm.init(jax.random.key(SEED))
+    after, _ = algorithm.update(state, dataset.cohort(dataset.client_ids[:1]))
+    update = jax.tree.map(jnp.subtract, state.params, after.params)
+    keys = compression.Keys(jax.random.key(1), jax.random.key(2))
+    figures, notes = [], {}
+    for name, codec in PRESET_CODECS.items():
+        server, memory_of_sender = codec.init(jax.eval_shape(lambda: update))
+        hints = codec.hints(server)
+        encode = jax.jit(functools.partial(codec.encode, keys, memory_of_sender, hints))
+        message = jax.device_get(encode(update)[1])
+        data = compression.to_bytes(codec, message)
+        ways = (
+            functools.partial(compression.to_bytes, codec, message),
+            functools.partial(compression.from_bytes, codec, data, message),
+        )
+        seconds = alternate(4 * sizes.repeats, *ways)
+        write, read = (1e3 * statistics.median(x) for x in seconds)
+        figures.append(Figure(f"to write a message of {name}", write, 60, unit=" ms"))
+        figures.append(Figure(f"to read it, {len(data):,} bytes", read, unit=" ms"))
+        notes[name] = seconds
+    return Found(figures, notes)
+
+
+PRESET_CODECS = {name: compression.preset(name) for name in compression.PRESETS}
+
 PARTS: dict[str, list[Callable[[Sizes], Found]]] = {
     "unequal": [unequal],
     "speakers": [speakers],
@@ -585,6 +645,7 @@ PARTS: dict[str, list[Callable[[Sizes], Found]]] = {
     "overhead": [overhead],
     "growth": [growth],
     "choice": [choice],
+    "codecs": [codecs, coding],
 }
 FUNCTIONS = {function.__name__: function for part in PARTS.values() for function in part}
 
@@ -605,6 +666,15 @@ def images(lengths: np.ndarray) -> FederatedDataset:
     }
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return FederatedDataset(examples, offsets, tuple(f"client {i}" for i in range(len(lengths))))
+
+
+def prototypes(sizes: Sizes) -> FederatedDataset:
+    """Clients whose images have something to learn, as in the benchmark of rounds."""
+    workload = workloads.WORKLOADS["cnn"]
+    examples = (sizes.examples, sizes.examples)
+    data = workloads.make(dataclasses.replace(workload, num_clients=sizes.few, examples=examples))
+    ids = tuple(f"client {i}" for i in range(sizes.few))
+    return FederatedDataset(data.features, data.offsets, ids)
 
 
 def unequal_lengths(num_clients: int) -> np.ndarray:
@@ -689,7 +759,8 @@ def describe(figure: Figure, is_quick: bool) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The figures for a person."""
     lines = ["| part | figure | value | limit | |", "| --- | --- | --- | --- | --- |"]
-    for part, found in results["parts"].items():
+    ordered = {part: results["parts"][part] for part in PARTS if part in results["parts"]}
+    for part, found in ordered.items():
         for x in found["figures"]:
             value = f"{x['value']:.4g}{x['unit']}"
             limit = "-" if x["limit"] is None else f"{x['bound']} {x['limit']:.4g}{x['unit']}"
@@ -710,6 +781,17 @@ def has_failed(results: dict[str, Any]) -> bool:
     parts = results["parts"].values()
     is_missed = any(x["is_met"] is False for found in parts for x in found["figures"])
     return is_missed or any("error" in found for found in parts)
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """The results to add to."""
+    sizes = (QUICK if args.quick else FULL)._asdict()
+    if args.output is None or args.quick or not args.output.exists():
+        return {"quick": args.quick, "sizes": sizes, "parts": {}}
+    results = json.loads(args.output.read_text())
+    if results["sizes"] != json.loads(json.dumps(sizes)):
+        raise SystemExit(f"{args.output} is of other sizes than {sizes}; name another file")
+    return results
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -744,14 +826,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.function:
         print(json.dumps(FUNCTIONS[args.function](QUICK if args.quick else FULL)._asdict()))
         return 0
-    results: dict[str, Any] = {
-        "machine": describe_machine(),
-        "quick": args.quick,
-        "sizes": (QUICK if args.quick else FULL)._asdict(),
-        "parts": {},
-    }
+    results = earlier(args)
     for name in args.parts:
-        results["parts"][name] = run_part(name, args.quick)
+        results["parts"][name] = {**run_part(name, args.quick), "machine": describe_machine()}
         print(f"{name}: done, load {os.getloadavg()}", file=sys.stderr, flush=True)
         if args.output:  # after each part: a long run that is stopped keeps what it has
             args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -433,7 +433,7 @@ def test_each_part_of_simulation_runs(part, tmp_path, capsys):
     assert simulation.main(["--quick", "--parts", part, "--output", str(path)]) == 0
     written = json.loads(path.read_text())
     assert written["quick"]
-    assert written["machine"]["jax"] == jax.__version__
+    assert written["parts"][part]["machine"]["jax"] == jax.__version__
     assert written["parts"][part]["figures"]
     assert f"| {part} | " in capsys.readouterr().out
 
