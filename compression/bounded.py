@@ -71,6 +71,7 @@ def bounded_support(bits: int, *, block: int = 4096, min_size: int = 20_000) -> 
       random bits that sender and receiver share are left out.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = bounded_support(2, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.ones(4096))

@@ -36,6 +36,7 @@ def bfloat16(*, min_size: int = 20_000) -> Codec:
       CodecError: `min_size` is out of range; a leaf to encode is not an array.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = bfloat16(min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([1.0, 1.001, -2.5]))
@@ -76,6 +77,7 @@ def float8(*, min_size: int = 20_000) -> Codec:
       CodecError: `min_size` is out of range; a leaf to encode is not an array.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = float8(min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([7.0, -3.5, 1.8, 0.0]))

@@ -56,6 +56,7 @@ def drive(*, scale: Scale = "unbiased", block: int = 4096, min_size: int = 20_00
       CodecError: as `eden`.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = drive(min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([0.0, -3.0, 0.0, 0.0]))
@@ -100,6 +101,7 @@ def eden(
       `unbiased`; `bounded_support` does.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = eden(2, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.ones(8192))

@@ -7,7 +7,7 @@
 | `one_bit` | 1.01 | for one bit whatever the updates look like, and many clients |
 | `rotated` | 4.1 | for a small unbiased error that is guaranteed for every update |
 | `sparse` | by value | when a few elements carry the update |
-| `entropy` | by value | for the smallest error at about a bit: what matters little becomes zero |
+| `entropy` | by value | for the fewest bits without bias: most small elements become zeros |
 | `secure` | 8, and room for the sum | under secure sums: the server learns the sum alone |
 """
 
@@ -31,7 +31,7 @@ _PRESETS: dict[str, Callable[[], Codec]] = {
     "one_bit": lambda: eden(1, min_size=0),
     "rotated": lambda: bounded_support(4, min_size=0),
     "sparse": lambda: chain(top_k(0.05, min_size=0), uniform_quantize(8, min_size=0)),
-    "entropy": lambda: chain(step_quantize(2.0, correction="alignment", min_size=64), ans()),
+    "entropy": lambda: chain(step_quantize(4.0, rounding="stochastic", min_size=64), ans()),
     "secure": lambda: chain(hadamard_rotation(min_size=0), fixed_point(8)),
 }
 

@@ -60,6 +60,7 @@ def qsgd(levels: int, bucket: int | None = None, *, min_size: int = 20_000) -> C
       The paper codes levels by Elias' omega code; here their width is fixed.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = qsgd(1, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([0.0, -3.0, 0.0]))

@@ -40,6 +40,7 @@ def scaled_sign(*, min_size: int = 20_000) -> Codec:
       CodecError: `min_size` is out of range; a leaf to encode is not an array.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = scaled_sign(min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([3.0, -1.0, 0.0, 0.0]))

@@ -45,6 +45,7 @@ def top_k(fraction: float, *, min_size: int = 20_000) -> Codec:
       CodecError: `fraction` or `min_size` is out of range; a leaf to encode is not an array.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = top_k(0.5, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([1.0, -4.0, 2.0, 2.0]))

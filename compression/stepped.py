@@ -96,6 +96,7 @@ def step_quantize(
         its symbols might not fit 31 bits.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = step_quantize(1.0, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([3.0, -3.0, 0.5, 0.0]))

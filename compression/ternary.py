@@ -62,6 +62,7 @@ def tern_grad(clip: float | None = 2.5, *, min_size: int = 20_000) -> Codec:
       constant tensor.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = tern_grad(None, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([2.0, 0.0, -2.0]))
@@ -97,6 +98,7 @@ def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:
       CodecError: `fraction` or `min_size` is out of range; a leaf to encode is not an array.
 
     Example:
+      >>> from fedjax_core.compression import Keys
       >>> codec = sparse_ternary(0.5, min_size=0)
       >>> keys = Keys(jax.random.key(0), jax.random.key(1))
       >>> _, message = codec.encode(keys, (), (), jnp.array([1.0, -4.0, 2.0, 0.0]))

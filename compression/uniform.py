@@ -43,6 +43,7 @@ from fedjax_core.compression.selection import (
 )
 from fedjax_core.compression.wire import Symbols
 from fedjax_core.errors import CodecError
+from fedjax_core.rounding import pinned
 
 _MAX_BITS = 16
 _MIN_SIZE = 20_000
@@ -166,7 +167,8 @@ class _Grid:
         level = symbols.codes.astype(bounds.dtype)
         if self.rounding == "dither":
             level = level + centered_uniform(key, level)
-        value = 2 * (0.5 * low + level * self._half_step(bounds))
+        # Rounded before the sum, in every program.
+        value = 2 * (0.5 * low + pinned(level * self._half_step(bounds)))
         if self.rounding != "dither":
             value = jnp.where(symbols.codes == self.last, high, value)
         return value.astype(symbols.dtype)

@@ -1,9 +1,22 @@
-"""Settings of all tests: four CPU devices, no silent rank promotion, no compilation cache."""
+"""Settings of all tests: four CPU devices, no silent rank promotion, no compilation cache.
 
+Most of the time of these tests goes into compiling, several times as much as into running what was
+compiled, so programs are compiled without optimisation. With FEDJAX_CORE_TEST_OPTIMIZE=1 they are
+compiled as users compile them.
+"""
+
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Processes that tests start take it over.
+if os.environ.get("FEDJAX_CORE_TEST_OPTIMIZE") != "1":
+    _flags = ["--xla_backend_optimization_level=0"]
+    if importlib.metadata.version("jaxlib") < "0.11":  # it ends a process that does not know it
+        _flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*_flags, os.environ.get("XLA_FLAGS", "")])
 
 import jax
 import pytest

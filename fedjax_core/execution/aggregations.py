@@ -15,7 +15,7 @@ from jax import lax
 
 from fedjax_core.bits import BitCount
 from fedjax_core.execution import accumulators, collectives
-from fedjax_core.execution.evaluation import call_local, mask, pinned, select
+from fedjax_core.execution.evaluation import call_local, mask, select
 from fedjax_core.language import inference
 from fedjax_core.language.messages import Received
 from fedjax_core.language.program import (
@@ -33,6 +33,7 @@ from fedjax_core.language.program import (
 )
 from fedjax_core.language.secure import SecureTotal
 from fedjax_core.language.types import FederatedType, Type
+from fedjax_core.rounding import pinned
 
 Axis = str | tuple[str, ...] | None
 

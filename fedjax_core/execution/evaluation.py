@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core as jex_core
 
 from fedjax_core.errors import FederatedTypeError
@@ -24,6 +23,7 @@ from fedjax_core.language.program import (
     Zip,
 )
 from fedjax_core.language.values import Sequence
+from fedjax_core.rounding import pinned
 
 
 def evaluate(op: Op, inputs: list[Any]) -> Any:
@@ -98,25 +98,6 @@ def _compile(traced: Traced, name: str, on_cpu: bool) -> Callable[..., Any]:
 def mask(keep: jax.Array, value: Any) -> Any:
     """`value` where `keep`, else zeros; never a product, so that what is left out may be NaN."""
     return jax.tree.map(lambda x: jnp.where(keep, x, jnp.zeros_like(x)), value)
-
-
-def pinned(value: Any) -> Any:
-    """`value`, its floats rounded as they are when they are sent.
-
-    A compiler contracts a product and the sum that follows into one operation, which rounds once,
-    and looks through barriers and casts between them. Where one of two programs hands the product
-    over as bytes, their results would differ in the last bit. Here one NaN becomes another one,
-    which no compiler can know not to occur.
-    """
-    return jax.tree.map(_pinned, value)
-
-
-def _pinned(x: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1:
-        return x
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    all_ones = bits.dtype.type(np.iinfo(bits.dtype).max)
-    return jax.lax.bitcast_convert_type(jnp.where(bits == all_ones, bits ^ 1, bits), x.dtype)
 
 
 def select(keep: jax.Array, new: Any, old: Any) -> Any:

@@ -92,7 +92,7 @@ LOST = {
     "one_bit": 0.6,
     "rotated": 0.03,
     "sparse": 0.7,
-    "entropy": 0.4,
+    "entropy": 2.0,
     "secure": 0.05,
 }
 
