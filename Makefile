@@ -22,11 +22,12 @@ PIP := PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m
 demo: $(STAMP)
 	$(BIN)/fedjax-core demo $(DEMO)
 
+# Programs are compiled without optimisation; FEDJAX_CORE_TEST_OPTIMIZE=1 compiles them as users do.
 test: $(STAMP)
 	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 --dist loadgroup -m "not slow" $(TESTS)
 
 test-all: $(STAMP)
-	$(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 --dist loadgroup $(TESTS)
+	FEDJAX_CORE_TEST_OPTIMIZE=1 $(BIN)/pytest -q -n $(WORKERS) --maxprocesses=4 --dist loadgroup $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
