@@ -15,6 +15,7 @@ may count more than it sends.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -247,9 +248,11 @@ def to_bytes(codec: Codec, message: Message) -> bytes:
       ``int(codec.bits(message)) / 8`` bytes.
 
     Raises:
-      CodecError: `message` is not a `Message`, or not one of this codec.
+      CodecError: `message` is not a `Message`, holds what is no array of numbers, or what this
+        codec does not write.
     """
-    return codec.to_bytes(check_message(message))
+    check_codec(codec, "that encoded the message")
+    return codec.to_bytes(wire.check_tensors(check_message(message)))
 
 
 def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message) -> Message:
@@ -274,8 +277,9 @@ def from_bytes(codec: Codec, data: bytes | bytearray | memoryview, like: Message
       >>> from_bytes(codec, to_bytes(codec, message), like=message).payload
       array([1.5, 2.5], dtype=float32)
     """
-    data = _check_bytes(data)
-    message, rest = codec.from_bytes(check_message(like), data)
+    check_codec(codec, "that encoded the message")
+    data = check_bytes(data)
+    message, rest = codec.from_bytes(wire.check_tensors(check_message(like)), data)
     if rest:
         expected = len(data) - len(rest)
         raise CodecError(
@@ -298,7 +302,7 @@ def check_codec(codec: Any, where: str) -> None:
         remedy = "call it, as in top_k(0.1)"
     elif isinstance(codec, list | tuple):
         remedy = "pass codecs, not a list: chain(...) makes one of several"
-    raise CodecError(f"expected a codec {where}, got {codec!r}; {remedy}.")
+    raise CodecError(f"expected a codec {where}, got {reprlib.repr(codec)}; {remedy}.")
 
 
 def check_message(message: Message) -> Message:
@@ -315,7 +319,12 @@ def check_message(message: Message) -> Message:
     return message
 
 
-def _check_bytes(data: Any) -> bytes:
+def check_bytes(data: Any) -> bytes:
+    """`data` as bytes.
+
+    Raises:
+      CodecError: it is something else than bytes, a bytearray or a memoryview.
+    """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise CodecError(
             f"expected the bytes of a message, got {type(data).__name__}; pass what `to_bytes` "

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from fedjax_core.bits import BitCount
-from fedjax_core.compression.base import Codec, Keys, Message, Report
+from fedjax_core.compression.base import Codec, Keys, Message, Report, check_message
 from fedjax_core.errors import CodecError, noted
 from fedjax_core.language import inference
 from fedjax_core.language.checks import check_takes
@@ -47,6 +47,7 @@ def checked(codec: Codec) -> Codec:
         with noted(f"In `encode` of codec {codec.name}."):
             results = codec.encode(keys, memory, hints, value)
         new, message = _pair(codec, "encode", results, "(memory, message)")
+        check_message(message)
         _check_kept(codec, "encode", "memory", memory, new)
         return new, message
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report, Traits, stateless
-from fedjax_core.compression.checks import real, whole
+from fedjax_core.compression.checks import flag, real, shown, whole
 from fedjax_core.compression.numerics import finite, round_stochastically, wide
 from fedjax_core.compression.selection import (
     check_min_size,
@@ -81,6 +81,7 @@ def fixed_point(
     unit = "it is the largest magnitude of an element, or None"
     fixed = None if limit is None else real("limit", limit, 1e-30, 1e30, unit)
     highest = (1 << (width - 1)) - 1
+    flag("stochastic", stochastic)
 
     def init(template: Any) -> tuple[Any, Any]:
         del template
@@ -115,10 +116,10 @@ def fixed_point(
         value = decode_linear(total, threshold, Symbols, decode_tensor)
         return (server if fixed is not None else _next_limit(server, marks[1:])), value
 
-    shown = "" if fixed is None else f", limit={fixed:g}"
-    shown += "" if stochastic else ", stochastic=False"
+    options = "" if fixed is None else f", limit={shown(fixed)}"
+    options += "" if stochastic else ", stochastic=False"
     codec = stateless(
-        f"fixed_point({width}{shown})",
+        f"fixed_point({width}{options})",
         Traits(linear=True, summable=True),
         encode=lambda keys, value: Message(value),
         decode=lambda keys, message: message.payload,

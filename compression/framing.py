@@ -25,6 +25,8 @@ References:
 """
 
 import hashlib
+import math
+import reprlib
 import struct
 import zlib
 from collections.abc import Callable
@@ -40,6 +42,8 @@ from fedjax_core.compression.base import (
     Codec,
     Keys,
     Message,
+    check_bytes,
+    check_codec,
     check_message,
     from_bytes,
     to_bytes,
@@ -97,10 +101,14 @@ def frame(
       (39, [1.5, 2.5], 20.0)
     """
     body = to_bytes(codec, message)
-    if keys is not None and not isinstance(keys, Keys):
-        raise CodecError(f"expected Keys(shared, client) or None, got {keys!r}.")
+    if keys is not None and not _are_keys(keys):
+        raise CodecError(
+            f"expected keys to be Keys(shared, client) of two typed keys, or None, got {keys!r}; "
+            "make keys by jax.random.key(seed)."
+        )
     if weight is not None and not _is_float32(weight):
-        raise CodecError(f"expected weight to be a number that float32 holds, got {weight!r}.")
+        got = reprlib.repr(weight)
+        raise CodecError(f"expected weight to be a number that float32 holds, got {got}.")
     flags = _SEEDS * (keys is not None) | _WEIGHT * (weight is not None)
     parts = [
         _HEAD.pack(_MAGIC, _VERSION, flags, _codec_id(codec)),
@@ -130,19 +138,20 @@ def unframe(codec: Codec, data: bytes | bytearray | memoryview, like: Message) -
       CodecError: the bytes are no frame of this version, of this codec and of these tensors, were
         cut short or altered, or no message has these bytes.
     """
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise CodecError(f"expected the bytes of a frame, got {type(data).__name__}.")
-    reader = _Reader(memoryview(data).cast("B"))
+    check_codec(codec, "that encoded the message")
+    data = check_bytes(data)
+    reader = _Reader(memoryview(data))
     magic, version, flags, codec_id = _HEAD.unpack(reader.take(_HEAD.size))
     _check(magic == _MAGIC, f"a frame to begin with {_MAGIC!r}", f"{magic!r}")
     _check(version == _VERSION, f"a frame of version {_VERSION}", f"version {version}")
     _check(flags in range(4), "flags of 0 to 3", str(flags))
     _check(codec_id == _codec_id(codec), f"a message of {codec.name}", f"one of {codec_id.hex()}")
-    table = _table(check_message(like))
+    table = _table(wire.check_tensors(check_message(like)))
     got = bytes(reader.take(len(table)))
     _check(got == table, f"the tensors {_describe(like)}", "others")
     keys = _read_keys(reader) if flags & _SEEDS else None
     weight = _FLOAT.unpack(reader.take(_FLOAT.size))[0] if flags & _WEIGHT else None
+    _check(weight is None or math.isfinite(weight), "a finite weight", str(weight))
     (length,) = _LENGTH.unpack(reader.take(_LENGTH.size))
     left = reader.left - _CHECKSUM.size
     _check(length == left, f"{length} bytes of a message", str(left))
@@ -168,7 +177,8 @@ def frame_bits(codec: Codec, like: Message) -> int:
       >>> frame_bits(identity(), Message(jax.ShapeDtypeStruct((1000,), np.float32)))
       224
     """
-    del codec
+    check_codec(codec, "that encodes the message")
+    wire.check_tensors(check_message(like))
     return 8 * (_HEAD.size + len(_table(like)) + _LENGTH.size + _CHECKSUM.size)
 
 
@@ -199,8 +209,14 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
 
 
 def _is_float32(weight: Any) -> bool:
-    is_number = isinstance(weight, Real | np.number) and not isinstance(weight, bool)
-    return is_number and abs(float(weight)) <= float(np.finfo(np.float32).max)
+    is_number = isinstance(weight, Real | np.integer | np.floating) and not isinstance(weight, bool)
+    return is_number and abs(weight) <= float(np.finfo(np.float32).max)
+
+
+def _are_keys(keys: Any) -> bool:
+    return isinstance(keys, Keys) and all(
+        jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) for key in keys
+    )
 
 
 def _check(is_right: bool, expected: str, got: str) -> None:
@@ -277,8 +293,8 @@ def _write_keys(keys: Keys) -> bytes:
     data = [np.asarray(jax.random.key_data(key)).astype("<u4") for key in keys]
     if name not in _KEY_WORDS or any(x.shape != (_KEY_WORDS[name],) for x in data):
         raise CodecError(
-            f"expected two keys of one of {sorted(_KEY_WORDS)}, got {name} of shapes "
-            f"{[key.shape for key in keys]}; pass typed keys, jax.random.key(seed)."
+            f"expected two keys of one of {sorted(_KEY_WORDS)}, got {list(map(str, keys))}; pass "
+            "two typed keys of the same kind, jax.random.key(seed)."
         )
     return bytes([list(_KEY_WORDS).index(name)]) + b"".join(x.tobytes() for x in data)
 

@@ -26,7 +26,8 @@ def error_feedback(codec: Codec) -> Codec:
     """Adds to each value what the messages of this sender have lost so far.
 
     Each sender remembers a tensor for each floating one of its value, in float32 (float64 for
-    float64). In a round that it misses, the memory stays as it is.
+    float64). In a round that it misses, the memory stays as it is, and so does each element that is
+    not finite, or is received as what is not: the message shows it, and later ones are not spoilt.
 
     Args:
       codec: contractive, and without state of its own.
@@ -66,12 +67,12 @@ def error_feedback(codec: Codec) -> Codec:
         return (), jax.tree.map(_no_error, template)
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
-        aim = jax.tree.map(lambda x, e: (x + e).astype(x.dtype) if e.size else x, value, memory)
+        aim = jax.tree.map(_corrected, value, memory)
         _, message = codec.encode(keys, (), hints, aim)
         summand = codec.decode(keys, hints, message)
         report = Report(jnp.int32(1), codec.bits(message), message.stats)
         _, received = codec.finish(keys.shared, (), summand, report)
-        lost = jax.tree.map(_lost, memory, aim, received)
+        lost = jax.tree.map(_lost, memory, value, received)
         return lost, message
 
     return codec._replace(
@@ -89,7 +90,13 @@ def _no_error(leaf: Any) -> jax.Array:
     return jnp.zeros(leaf.shape if is_floating else (0,), dtype)
 
 
-def _lost(error: jax.Array, aim: jax.Array, received: jax.Array) -> jax.Array:
+def _corrected(x: jax.Array, error: jax.Array) -> jax.Array:
+    """What the codec is to send; rounded to the dtype of `x`, unlike the error."""
+    return (x + error).astype(x.dtype) if error.size else x
+
+
+def _lost(error: jax.Array, x: jax.Array, received: jax.Array) -> jax.Array:
     if not error.size:
         return error
-    return aim.astype(error.dtype) - received.astype(error.dtype)
+    lost = x.astype(error.dtype) + error - received.astype(error.dtype)
+    return jnp.where(jnp.isfinite(lost), lost, error)

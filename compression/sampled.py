@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Survivors, Traits, stateless
+from fedjax_core.compression.checks import flag
 from fedjax_core.compression.selection import check_min_size, decode_linear, encode_large
 from fedjax_core.compression.sparse import check_fraction, positions_of_largest, scatter
 
@@ -59,6 +60,8 @@ def rand_k(
       [0.0, 0.0, 0.0, 2.0, 2.0, 2.0]
     """
     exact, threshold = check_fraction(fraction), check_min_size(min_size)
+    flag("common", common)
+    flag("unbiased", unbiased)
 
     def positions(keys: Keys, index: int, size: int) -> jax.Array:
         key = jax.random.fold_in(keys.shared if common else keys.client, index)

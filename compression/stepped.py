@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Traits
-from fedjax_core.compression.checks import real
+from fedjax_core.compression.checks import real, shown
 from fedjax_core.compression.numerics import (
     centered_uniform,
     divisor,
@@ -133,8 +133,8 @@ class _Steps:
             "correction": self.correction != "none",
             "dead_zone": self.dead_zone != 0,
         }
-        shown = [f", {k}={getattr(self, k)}" for k, is_changed in changed.items() if is_changed]
-        return f"step_quantize({self.step:g}{''.join(shown)})"
+        options = [f", {k}={getattr(self, k)}" for k, is_changed in changed.items() if is_changed]
+        return f"step_quantize({shown(self.step)}{''.join(options)})"
 
     @property
     def traits(self) -> Traits:

@@ -22,7 +22,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec, Traits
-from fedjax_core.compression.checks import real
+from fedjax_core.compression.checks import real, shown
 from fedjax_core.compression.coding import Coded
 from fedjax_core.compression.numerics import norm, wide
 from fedjax_core.compression.selection import tensorwise
@@ -112,5 +112,5 @@ def threshold(limit: float, *, min_size: int = 20_000) -> Codec:
 
     # Some element is at least as large as the root mean square.
     traits = Traits(contractive=exact <= 1)
-    name = f"threshold({exact:g})"
+    name = f"threshold({shown(exact)})"
     return tensorwise(name, traits, min_size, encode_tensor, decode_tensor, Masked)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
-from fedjax_core.compression.checks import whole
+from fedjax_core.compression.checks import flag, whole
 from fedjax_core.compression.numerics import (
     centered_uniform,
     finite,
@@ -101,7 +101,7 @@ def uniform_quantize(
       >>> codec.decode(keys, (), message).tolist()
       [0.0, 2.0, 2.0]
     """
-    rounding = _check_rounding(rounding, stochastic)
+    rounding = _check_rounding(rounding, flag("stochastic", stochastic))
     if range not in ("min_max", "common"):
         raise CodecError(f'expected range to be "min_max" or "common", got {range!r}.')
     grid = _Grid(whole("bits", bits, 1, _MAX_BITS), rounding, "dense")

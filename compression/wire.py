@@ -59,7 +59,8 @@ class Packed(abc.ABC):
           The leaf, its arrays NumPy's, and how many bytes it took.
 
         Raises:
-          CodecError: `data` is too short, or holds what `to_bytes` never writes.
+          CodecError: `data` is too short, or does not decode. What decodes need not be what
+            `to_bytes` writes: another code of the same symbols may be.
         """
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_core.aggregators.base import Aggregator, Measurements, is_present
 from fedjax_core.compression.base import Codec
+from fedjax_core.compression.checks import flag
 from fedjax_core.compression.edges import PlacedKeys, check_adds, uplink
 from fedjax_core.errors import ArgumentError, CodecError
 from fedjax_core.language.operators import (
@@ -102,6 +103,7 @@ def _codec_init(codec: Codec | None, secure: bool, kind: Any, expected: str) -> 
         raise ArgumentError(
             f"Expected a codec such as uniform_quantize(8), or None, got {codec!r}."
         )
+    flag("secure", secure)
     if secure and codec is None:
         raise ArgumentError(
             "Expected a codec that makes integers for a secure sum, got None; pass codec=, such as "
