@@ -759,7 +759,8 @@ def describe(figure: Figure, is_quick: bool) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The figures for a person."""
     lines = ["| part | figure | value | limit | |", "| --- | --- | --- | --- | --- |"]
-    ordered = {part: results["parts"][part] for part in PARTS if part in results["parts"]}
+    parts = results["parts"]
+    ordered = {part: parts[part] for part in PARTS if part in parts} | parts
     for part, found in ordered.items():
         for x in found["figures"]:
             value = f"{x['value']:.4g}{x['unit']}"
