@@ -33,12 +33,16 @@ else:
     from fedjax_core.compression.coding import rice as rice
     from fedjax_core.compression.coding import zero_runs as zero_runs
     from fedjax_core.compression.common_seed import common_seed as common_seed
+    from fedjax_core.compression.control import scheduled as scheduled
+    from fedjax_core.compression.control import target_error as target_error
+    from fedjax_core.compression.control import target_rate as target_rate
     from fedjax_core.compression.eden import drive as drive
     from fedjax_core.compression.eden import eden as eden
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
     from fedjax_core.compression.edges import downlink as downlink
     from fedjax_core.compression.edges import uplink as uplink
     from fedjax_core.compression.fixed_point import fixed_point as fixed_point
+    from fedjax_core.compression.flagship import flagship as flagship
     from fedjax_core.compression.framing import Frame as Frame
     from fedjax_core.compression.framing import frame as frame
     from fedjax_core.compression.framing import frame_bits as frame_bits

@@ -52,7 +52,7 @@ def real(
     Raises:
       CodecError: it is no number, NaN, infinite, or outside the range.
     """
-    exact = _as_float(number)
+    exact = as_float(number)
     # NaN fails the comparison.
     if not lowest <= exact <= highest or exact == math.inf:
         is_open = highest == math.inf
@@ -79,7 +79,7 @@ def shown(number: float) -> str:
     return short if float(short) == number else repr(number)
 
 
-def _as_float(number: float) -> float:
+def as_float(number: float) -> float:
     """The number, NaN if it is none, and infinity if it is too large."""
     if not isinstance(number, Real) or isinstance(number, bool):
         return math.nan

@@ -30,7 +30,6 @@ import reprlib
 import struct
 import zlib
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +47,7 @@ from fedjax_core.compression.base import (
     from_bytes,
     to_bytes,
 )
+from fedjax_core.compression.checks import as_float
 from fedjax_core.errors import CodecError
 
 _MAGIC, _VERSION = b"FC", 1
@@ -209,14 +209,16 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
 
 
 def _is_float32(weight: Any) -> bool:
-    is_number = isinstance(weight, Real | np.integer | np.floating) and not isinstance(weight, bool)
-    return is_number and abs(weight) <= float(np.finfo(np.float32).max)
+    return abs(as_float(weight)) <= float(np.finfo(np.float32).max)
 
 
 def _are_keys(keys: Any) -> bool:
-    return isinstance(keys, Keys) and all(
-        jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) for key in keys
-    )
+    return isinstance(keys, Keys) and all(map(_is_key, keys))
+
+
+def _is_key(key: Any) -> bool:
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _check(is_right: bool, expected: str, got: str) -> None:

@@ -132,16 +132,24 @@ def ideal_bits(histogram: jax.Array, found: jax.Array, size: int) -> BitCount:
     table = _costs()
     index = found << (_PRECISION - precision(size))
     high, low = (jnp.asarray(words)[index] for words in table)
-    exact = BitCount(high, low).times(histogram).sum()
+    return whole_bits(BitCount(high, low).times(histogram).sum())
+
+
+def information(frequencies: np.ndarray, precision: int) -> tuple[np.ndarray, np.ndarray]:
+    """``precision - log2(f)`` in units of 2**-32, rounded up, in two words; 0 where f is 0."""
+    costs = [(precision << 32) - _log2(int(f)) if f else 0 for f in frequencies]
+    words = np.array(costs, np.uint64)
+    return (words >> np.uint64(32)).astype(np.uint32), words.astype(np.uint32)
+
+
+def whole_bits(exact: BitCount) -> BitCount:
+    """A scalar in units of 2**-32, rounded up to whole bits."""
     return BitCount(jnp.zeros_like(exact.high), exact.high + (exact.low > 0).astype(jnp.uint32))
 
 
 @functools.cache
 def _costs() -> tuple[np.ndarray, np.ndarray]:
-    """``14 - log2(f)`` for f from 1 to 2**14 in units of 2**-32, rounded up, in two words."""
-    costs = [0] + [(_PRECISION << 32) - _log2(number) for number in range(1, (1 << _PRECISION) + 1)]
-    words = np.array(costs, np.uint64)
-    return (words >> np.uint64(32)).astype(np.uint32), words.astype(np.uint32)
+    return information(np.arange((1 << _PRECISION) + 1), _PRECISION)
 
 
 def _log2(number: int) -> int:

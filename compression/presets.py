@@ -8,6 +8,7 @@
 | `rotated` | 4.1 | for a small unbiased error that is guaranteed for every update |
 | `sparse` | by value | when a few elements carry the update |
 | `entropy` | by value | for the fewest bits without bias: most small elements become zeros |
+| `flagship` | by value | for updates of dense layers: low rank, contexts, one step for all |
 | `secure` | 8, and room for the sum | under secure sums: the server learns the sum alone |
 """
 
@@ -19,6 +20,7 @@ from fedjax_core.compression.chain import chain
 from fedjax_core.compression.coding import ans
 from fedjax_core.compression.eden import eden
 from fedjax_core.compression.fixed_point import fixed_point
+from fedjax_core.compression.flagship import flagship
 from fedjax_core.compression.hadamard import hadamard_rotation
 from fedjax_core.compression.sparse import top_k
 from fedjax_core.compression.stepped import step_quantize
@@ -32,6 +34,7 @@ _PRESETS: dict[str, Callable[[], Codec]] = {
     "rotated": lambda: bounded_support(4, min_size=0),
     "sparse": lambda: chain(top_k(0.05, min_size=0), uniform_quantize(8, min_size=0)),
     "entropy": lambda: chain(step_quantize(4.0, rounding="stochastic", min_size=64), ans()),
+    "flagship": flagship,
     "secure": lambda: chain(hadamard_rotation(min_size=0), fixed_point(8)),
 }
 

@@ -14,7 +14,6 @@ References:
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +21,13 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import frequencies as model
+from fedjax_core.compression import rans
 from fedjax_core.compression.bitstreams import BitReader, BitWriter, bit_length
 from fedjax_core.compression.universal import Code, read_gammas, write_gammas
 from fedjax_core.errors import CodecError
 
 # No Huffman code of frequencies with the sum 2**14 has a longer codeword.
 _LONGEST = 20
-# Probabilities in constriction's coders have 24 bits, its states 64 in words of 32.
-_CODER_BITS = 24
-# Bits by which the length of a coded tensor may differ from the ideal one; for shuffled numbers it
-# is a random walk of far less than one bit.
-_SLACK = 8
-# Orders of the numbers that are tried until the length is within the slack.
-_NUM_ORDERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +79,7 @@ class Ans(Code):
         histogram, extra = _histogram(numbers, width)
         found = model.frequencies(histogram, numbers.size)
         header = model.table_bits(found) + BitCount.of(_length_bits(numbers.size) + 8)
-        state = model.ideal_bits(histogram, found, numbers.size) + BitCount.of(32 + _SLACK)
+        state = model.ideal_bits(histogram, found, numbers.size) + BitCount.of(rans.STATE_BITS)
         is_alone = (found > 0).sum() < 2
         state = BitCount(jnp.where(is_alone, 0, state.high), jnp.where(is_alone, 0, state.low))
         return header.whole_bytes() + state.whole_bytes() + extra
@@ -95,10 +88,12 @@ class Ans(Code):
         """See `Code`."""
         tokens, histogram, found = _measure(numbers, width)
         ideal = int(model.ideal_bits(histogram, found.astype(np.uint32), numbers.size))
-        num_bytes = -(-(ideal + 32 + _SLACK) // 8) if np.count_nonzero(found) > 1 else 0
+        num_bytes = -(-(ideal + rans.STATE_BITS) // 8) if np.count_nonzero(found) > 1 else 0
         if num_bytes >= limit:
             return None
-        order, state = _encode_in_some_order(tokens, found, num_bytes)
+        order, state = rans.in_some_order(
+            lambda order: _encode(rans.reorder(tokens, order), found), num_bytes
+        )
         header, lower = BitWriter(), BitWriter()
         write_table(header, found)
         header.integers(np.array([num_bytes]), _length_bits(numbers.size))
@@ -118,11 +113,11 @@ class Ans(Code):
         order = int(header.integers(1, 8)[0])
         begin = header.finish()
         state = data[begin : begin + num_bytes]
-        if order >= _NUM_ORDERS or len(state) < num_bytes:
+        if order >= rans.NUM_ORDERS or len(state) < num_bytes:
             raise _altered(f"{num_bytes} bytes of a coder's state")
         tokens = _decode(bytes(state), found, size)
         lower = BitReader(data[begin + num_bytes :])
-        shuffled = _read_extra(lower, tokens[_inverse_order(size, order)])
+        shuffled = _read_extra(lower, rans.restore(tokens, order))
         return shuffled, begin + num_bytes + lower.finish()
 
 
@@ -229,47 +224,12 @@ def _length_bits(size: int) -> int:
     return (2 * size + 8).bit_length()
 
 
-def _encode_in_some_order(
-    tokens: np.ndarray, found: np.ndarray, num_bytes: int
-) -> tuple[int, bytes]:
-    """The first order in which the coder's state fits, and the state filled up with zeros."""
-    for order in range(_NUM_ORDERS if num_bytes else 0):
-        ordered = tokens if order == 0 else tokens[_order(tokens.size, order)]
-        state = _encode(ordered, found)
-        if len(state) <= num_bytes:
-            return order, state.ljust(num_bytes, b"\0")
-    if num_bytes:
-        raise CodecError(
-            f"expected the state of {tokens.size} numbers to fit into {num_bytes} bytes in one of "
-            f"{_NUM_ORDERS} orders; use huffman() for this value."
-        )
-    return 0, b""
-
-
-def _order(size: int, order: int) -> np.ndarray:
-    """A permutation that takes neighbours far apart: steps of about the golden section."""
-    step = int(size * 0.6180339887) + order
-    while np.gcd(step, size) > 1:
-        step += 1
-    return np.arange(size, dtype=np.int64) * step % size
-
-
-def _inverse_order(size: int, order: int) -> np.ndarray | slice:
-    """What undoes `_order`."""
-    if order == 0:
-        return slice(None)
-    inverse = np.empty(size, np.int64)
-    inverse[_order(size, order)] = np.arange(size)
-    return inverse
-
-
 def _encode(tokens: np.ndarray, found: np.ndarray) -> bytes:
     """The state of the coder, without the zero bytes at its end."""
-    # It begins at the least state, from which every number costs what its frequency says.
-    coder = _coders().stack.AnsCoder(np.array([0, 1], np.uint32))
+    coder = rans.new_coder()
     ranks = (np.cumsum(found > 0) - 1).astype(np.int32)
-    coder.encode_reverse(ranks[tokens], _categorical(found))
-    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+    coder.encode_reverse(ranks[tokens], rans.categorical(found))
+    return rans.state_of(coder)
 
 
 def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
@@ -279,30 +239,11 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
         if state:
             raise _altered("no state for a tensor of one token")
         return np.full(size, tokens[0])
-    stripped = state.rstrip(b"\0")
-    words = np.frombuffer(stripped.ljust(-(-len(stripped) // 4) * 4, b"\0"), "<u4")
-    coder = _coders().stack.AnsCoder(words.astype(np.uint32))
-    ranks = coder.decode(_categorical(found), size)
-    if coder.get_compressed().tolist() != [0, 1]:
+    coder = rans.coder_from(state)
+    ranks = coder.decode(rans.categorical(found), size)
+    if not rans.is_empty(coder):
         raise _altered("a coder's state to end where it began")
     return tokens[ranks]
-
-
-def _categorical(found: np.ndarray) -> Any:
-    """The model whose probabilities are exactly those of the frequencies."""
-    # constriction makes cumulative sums of 24 bits: it scales floats to the sum 2**24 - m, m their
-    # number, rounds down, and adds 1 to each. Such integers are therefore kept as they are.
-    present = found[found > 0]
-    scale = (1 << _CODER_BITS) // int(present.sum())
-    widths = (present * scale - 1).astype(np.float64)
-    return _coders().model.Categorical(widths, perfect=False, lazy=False)
-
-
-def _coders() -> Any:
-    import constriction
-
-    # The module is compiled and has no types.
-    return constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _altered(expected: str) -> CodecError:

@@ -19,6 +19,7 @@ Uplink = Literal[
     "rotated",
     "sparse",
     "entropy",
+    "flagship",
     "secure",
 ]
 

@@ -26,6 +26,7 @@ from fedjax_core.compression import (
     elias_delta,
     elias_gamma,
     fixed_point,
+    flagship,
     float8,
     from_bytes,
     hadamard_rotation,
@@ -109,6 +110,7 @@ OTHERS_BY_VALUE = [
     chain(step_quantize(1.0, rounding="stochastic", min_size=2), zero_runs()),
     chain(step_quantize(1.0, rounding="dither", min_size=2), huffman()),
     sparse_ternary(0.1, min_size=0),
+    flagship(0.5),
     chain(top_k(0.1, min_size=0), hadamard_rotation(min_size=2), scaled_sign(min_size=0)),
 ]
 STATIC = [*BOUNDED, *SPARING, *OTHERS]

@@ -152,7 +152,7 @@ def test_frames_of_another_codec_or_value_are_refused():
     for other in (np.zeros(6, np.float32), np.zeros(5, np.int32), np.zeros((5, 1), np.float32)):
         with pytest.raises(CodecError, match="expected the tensors"):
             unframe(identity(), data, Message(other))
-    with pytest.raises(CodecError, match="expected the bytes of a frame, got str"):
+    with pytest.raises(CodecError, match="expected the bytes of a message, got str"):
         unframe(identity(), "FC", message)
 
 
@@ -248,7 +248,7 @@ def test_dataclasses_of_messages_are_not_trusted_to_have_the_right_shape():
     [
         (lambda m: frame(identity(), m, weight="x"), "expected weight to be a number"),
         (lambda m: frame(identity(), m, weight=1e300), "expected weight to be a number"),
-        (lambda m: frame(identity(), m, keys=(1, 2)), "expected Keys"),
+        (lambda m: frame(identity(), m, keys=(1, 2)), "expected keys to be Keys"),
         (lambda m: unframe(identity(), frame(identity(), m), 3), "expected a Message"),
         (lambda m: error_feedback(3), "expected a codec under error feedback"),
         (lambda m: common_seed(3), "expected a codec to share a seed"),

@@ -93,6 +93,7 @@ LOST = {
     "rotated": 0.03,
     "sparse": 0.7,
     "entropy": 2.0,
+    "flagship": 2.0,
     "secure": 0.05,
 }
 
