@@ -137,7 +137,7 @@ class Planes(Packed):
         table = BitReader(data[begin:])
         used = table.integers(NUM_CONTEXTS, 1) > 0
         if np.any(used != (np.bincount(contexts, minlength=NUM_CONTEXTS) > 0)):
-            raise _altered("a table of the contexts that occur")
+            raise questions.altered("a table of the contexts that occur")
         levels = np.zeros((NUM_CONTEXTS, NUM_QUESTIONS), np.uint8)
         numbers = table.integers(NUM_QUESTIONS * int(used.sum()), LEVEL_BITS)
         levels[used] = numbers.reshape(-1, NUM_QUESTIONS)
@@ -162,7 +162,7 @@ class Planes(Packed):
             filled.append(dataclasses.replace(plane, codes=matrix))
         result = dataclasses.replace(self, planes=tuple(filled), levels=levels)
         if result._state_bytes(filled) != num_bytes:
-            raise _altered("as many bytes as the answers take")
+            raise questions.altered("as many bytes as the answers take")
         return result, begin
 
     def _state_bytes(self, planes: list[Plane]) -> int:
@@ -331,10 +331,3 @@ def _count(number: jax.Array) -> BitCount:
 
 def _sum(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
-
-
-def _altered(expected: str) -> CodecError:
-    return CodecError(
-        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
-        "message."
-    )

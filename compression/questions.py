@@ -92,7 +92,7 @@ def decode(contexts: np.ndarray, levels: np.ndarray, state: bytes, order: int) -
       CodecError: no magnitudes have this state.
     """
     if order >= rans.NUM_ORDERS or (not contexts.size and (state or order)):
-        raise _altered(f"one of {rans.NUM_ORDERS} orders")
+        raise altered(f"one of {rans.NUM_ORDERS} orders")
     coder = rans.coder_from(state)
     found = np.zeros(contexts.size, np.int64)
     asked = _by_context(rans.reorder(contexts, order))
@@ -106,7 +106,7 @@ def decode(contexts: np.ndarray, levels: np.ndarray, state: bytes, order: int) -
                 following.append((context, above))
         asked = following
     if contexts.size and not rans.is_empty(coder):
-        raise _altered("a coder's state to end where it began")
+        raise altered("a coder's state to end where it began")
     return rans.restore(found, order)
 
 
@@ -122,8 +122,16 @@ def read_escaped(reader: BitReader, magnitudes: np.ndarray) -> np.ndarray:
         read_gammas(reader, int(np.count_nonzero(is_escaped)), _MAX_BITS) + ESCAPE - 1
     )
     if magnitudes.size and int(magnitudes.max()) >> _MAX_BITS:
-        raise _altered(f"magnitudes below 2**{_MAX_BITS}")
+        raise altered(f"magnitudes below 2**{_MAX_BITS}")
     return magnitudes
+
+
+def altered(expected: str) -> CodecError:
+    """The error of bytes that do not decode."""
+    return CodecError(
+        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
+        "message."
+    )
 
 
 def _by_context(contexts: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -137,10 +145,3 @@ def _by_context(contexts: np.ndarray) -> list[tuple[int, np.ndarray]]:
 @functools.cache
 def _model(level: int) -> object:
     return rans.categorical(frequencies()[level])
-
-
-def _altered(expected: str) -> CodecError:
-    return CodecError(
-        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
-        "message."
-    )
