@@ -168,10 +168,7 @@ class BitReader:
         """
         filling = -self._position % 8
         if filling and int(self._data[self.num_bytes - 1]) >> (8 - filling):
-            raise CodecError(
-                f"expected the last {filling} bits of a coded tensor to be zero; "
-                "the bytes were altered, or belong to another message."
-            )
+            raise altered(f"the last {filling} bits to be zero")
         return self.num_bytes
 
     def _advance(self, num_bits: int) -> int:
@@ -185,6 +182,14 @@ class BitReader:
             )
         self._position = end
         return start
+
+
+def altered(expected: str) -> CodecError:
+    """The error of bytes that do not decode."""
+    return CodecError(
+        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
+        "message."
+    )
 
 
 def bit_length(numbers: np.ndarray) -> np.ndarray:

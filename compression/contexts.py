@@ -35,7 +35,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import questions, rans
-from fedjax_core.compression.bitstreams import BitReader, BitWriter
+from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
 from fedjax_core.compression.coding import Coded
 from fedjax_core.compression.frequencies import information, whole_bits
 from fedjax_core.compression.lengths import gamma_lengths, total
@@ -137,7 +137,7 @@ class Planes(Packed):
         table = BitReader(data[begin:])
         used = table.integers(NUM_CONTEXTS, 1) > 0
         if np.any(used != (np.bincount(contexts, minlength=NUM_CONTEXTS) > 0)):
-            raise questions.altered("a table of the contexts that occur")
+            raise altered("a table of the contexts that occur")
         levels = np.zeros((NUM_CONTEXTS, NUM_QUESTIONS), np.uint8)
         numbers = table.integers(NUM_QUESTIONS * int(used.sum()), LEVEL_BITS)
         levels[used] = numbers.reshape(-1, NUM_QUESTIONS)
@@ -162,7 +162,7 @@ class Planes(Packed):
             filled.append(dataclasses.replace(plane, codes=matrix))
         result = dataclasses.replace(self, planes=tuple(filled), levels=levels)
         if result._state_bytes(filled) != num_bytes:
-            raise questions.altered("as many bytes as the answers take")
+            raise altered("as many bytes as the answers take")
         return result, begin
 
     def _state_bytes(self, planes: list[Plane]) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression.base import Codec, Keys, Message, stateless
+from fedjax_core.compression.bitstreams import altered
 from fedjax_core.compression.coding import LOSSLESS
 from fedjax_core.compression.wire import (
     Packed,
@@ -91,7 +92,7 @@ class Shuffled(Packed):
         begin = 1 + _LENGTH_BYTES
         length = int.from_bytes(take(data, begin)[1:], "little")
         if tag != _COMPRESSED or length + _LENGTH_BYTES >= self.num_bytes:
-            raise _altered(f"a tag of 0 or 1 and fewer than {self.num_bytes} bytes")
+            raise altered(f"a tag of 0 or 1 and fewer than {self.num_bytes} bytes")
         raw = _decompress(bytes(take(data[begin:], length)), self._num_raw)
         itemsize = np.dtype(self._array.dtype).itemsize
         places = np.frombuffer(raw, np.uint8).reshape(itemsize, -1)
@@ -168,14 +169,7 @@ def _decompress(frame: bytes, expected: int) -> bytes:
 
     try:
         if zstandard.frame_content_size(frame) != expected:
-            raise _altered(f"a frame of {expected} bytes")
+            raise altered(f"a frame of {expected} bytes")
         return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise _altered("a frame of zstd") from error
-
-
-def _altered(expected: str) -> CodecError:
-    return CodecError(
-        f"expected {expected} in a compressed tensor; the bytes were altered, or belong to another "
-        "message."
-    )
+        raise altered("a frame of zstd") from error

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import rans
-from fedjax_core.compression.bitstreams import BitReader, BitWriter
+from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
 from fedjax_core.compression.universal import read_gammas, write_gammas
-from fedjax_core.errors import CodecError
 
 NUM_QUESTIONS = 3
 # What a magnitude has above this less one travels as it is.
@@ -124,14 +123,6 @@ def read_escaped(reader: BitReader, magnitudes: np.ndarray) -> np.ndarray:
     if magnitudes.size and int(magnitudes.max()) >> _MAX_BITS:
         raise altered(f"magnitudes below 2**{_MAX_BITS}")
     return magnitudes
-
-
-def altered(expected: str) -> CodecError:
-    """The error of bytes that do not decode."""
-    return CodecError(
-        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
-        "message."
-    )
 
 
 def _by_context(contexts: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -22,9 +22,8 @@ import numpy as np
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import frequencies as model
 from fedjax_core.compression import rans
-from fedjax_core.compression.bitstreams import BitReader, BitWriter, bit_length
+from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered, bit_length
 from fedjax_core.compression.universal import Code, read_gammas, write_gammas
-from fedjax_core.errors import CodecError
 
 # No Huffman code of frequencies with the sum 2**14 has a longer codeword.
 _LONGEST = 20
@@ -108,13 +107,13 @@ class Ans(Code):
         sum_bits = model.precision(size)
         found = read_table(header, model.num_tokens(width), sum_bits + 1)
         if int(found.sum()) != 1 << sum_bits:
-            raise _altered(f"frequencies with the sum 2**{sum_bits}")
+            raise altered(f"frequencies with the sum 2**{sum_bits}")
         num_bytes = int(header.integers(1, _length_bits(size))[0])
         order = int(header.integers(1, 8)[0])
         begin = header.finish()
         state = data[begin : begin + num_bytes]
         if order >= rans.NUM_ORDERS or len(state) < num_bytes:
-            raise _altered(f"{num_bytes} bytes of a coder's state")
+            raise altered(f"{num_bytes} bytes of a coder's state")
         tokens = _decode(bytes(state), found, size)
         lower = BitReader(data[begin + num_bytes :])
         shuffled = _read_extra(lower, rans.restore(tokens, order))
@@ -132,11 +131,11 @@ def read_table(reader: BitReader, num_entries: int, width: int) -> np.ndarray:
     """int64 ``[num_entries]``, each below ``2**width``, at least one of them positive."""
     count = int(reader.integers(1, num_entries.bit_length())[0])
     if not 0 < count <= num_entries:
-        raise _altered(f"a table of 1 to {num_entries} tokens")
+        raise altered(f"a table of 1 to {num_entries} tokens")
     numbers = read_gammas(reader, 2 * count, max(width, num_entries.bit_length()))
     places = np.cumsum(numbers[:count]) - 1
     if places[-1] >= num_entries or int(numbers[count:].max()) >> width:
-        raise _altered(f"tokens below {num_entries} with entries below 2**{width}")
+        raise altered(f"tokens below {num_entries} with entries below 2**{width}")
     entries = np.zeros(num_entries, np.int64)
     entries[places] = numbers[count:]
     return entries
@@ -197,7 +196,7 @@ def _read_codewords(
     (tokens,) = np.nonzero(present)
     longest = int(lengths.max())
     if longest > _LONGEST or int((1 << (_LONGEST - lengths[tokens])).sum()) != 1 << _LONGEST:
-        raise _altered("the lengths of a complete prefix code")
+        raise altered("the lengths of a complete prefix code")
     if tokens.size == 1:
         return np.full(size, tokens[0])
     codewords = _codewords(lengths, present)
@@ -214,7 +213,7 @@ def _read_codewords(
 
     starts = reader.codeword_starts(size, table)
     if starts.size <= size:
-        raise _altered(f"{size} codewords")
+        raise altered(f"{size} codewords")
     reader.skip_to(int(starts[-1]))
     return token_of[reader.windows(starts[:-1]) & mask]
 
@@ -237,17 +236,10 @@ def _decode(state: bytes, found: np.ndarray, size: int) -> np.ndarray:
     (tokens,) = np.nonzero(found)
     if tokens.size == 1:
         if state:
-            raise _altered("no state for a tensor of one token")
+            raise altered("no state for a tensor of one token")
         return np.full(size, tokens[0])
     coder = rans.coder_from(state)
     ranks = coder.decode(rans.categorical(found), size)
     if not rans.is_empty(coder):
-        raise _altered("a coder's state to end where it began")
+        raise altered("a coder's state to end where it began")
     return tokens[ranks]
-
-
-def _altered(expected: str) -> CodecError:
-    return CodecError(
-        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
-        "message."
-    )

@@ -20,8 +20,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import lengths
-from fedjax_core.compression.bitstreams import BitReader, BitWriter, bit_length, next_ones
-from fedjax_core.errors import CodecError
+from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered, bit_length, next_ones
 
 # Bits that hold the parameter of a Rice code.
 _PARAMETER_BITS = 5
@@ -162,7 +161,7 @@ class Rice(Code):
             parameter = int(reader.integers(1, _PARAMETER_BITS)[0])
         quotients = reader.unary(size)
         if size and int(quotients.max()) >> max(width - parameter, 0):
-            raise _altered(f"every number to be below 2**{width}")
+            raise altered(f"every number to be below 2**{width}")
         lower = reader.integers(size, parameter)
         return (quotients << parameter).astype(np.uint32) | lower, reader.finish()
 
@@ -224,17 +223,17 @@ class ZeroRuns(Code):
         num_values = int(np.searchsorted(covered, size))
         if num_values == starts.size or covered[num_values] > size + 1:
             # What follows the numbers was looked at too.
-            raise _altered(f"runs and values of {size} numbers")
+            raise altered(f"runs and values of {size} numbers")
         # One number more than there are: the last codeword stands for zeros alone.
         has_tail = covered[num_values] == size + 1
         num_values += not has_tail
         if num_values >= starts.size:
-            raise _altered(f"runs and values of {size} numbers")
+            raise altered(f"runs and values of {size} numbers")
         signs = reader.windows(after[:num_values]) & np.uint64(1)
         magnitudes, ends = _read_gammas_at(reader, after[:num_values] + 1)
         reader.skip_to(int(after[num_values] if has_tail else ends[-1]))
         if (has_tail and runs[num_values] < 2) or np.any(magnitudes >> width):
-            raise _altered(f"every number to be below 2**{width}")
+            raise altered(f"every number to be below 2**{width}")
         numbers = np.zeros(size, np.uint32)
         numbers[covered[:num_values] - 1] = 2 * magnitudes - signs.astype(np.int64)
         return numbers, reader.finish()
@@ -288,11 +287,4 @@ def _zero_run_table(data: np.ndarray) -> np.ndarray:
 
 def _check_widths(widths: np.ndarray, largest: int) -> None:
     if widths.size and int(widths.max()) > largest:
-        raise _altered(f"numbers of at most {largest + 1} bits")
-
-
-def _altered(expected: str) -> CodecError:
-    return CodecError(
-        f"expected {expected} in a coded tensor; the bytes were altered, or belong to another "
-        "message."
-    )
+        raise altered(f"numbers of at most {largest + 1} bits")
