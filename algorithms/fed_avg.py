@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedjax_core import aggregators
 from fedjax_core.aggregators import Aggregator
-from fedjax_core.compression import Codec
+from fedjax_core.compression import Codec, Downlink
 from fedjax_core.execution.config import Execution
 from fedjax_core.learning.algorithm import Algorithm, federated_learning
 from fedjax_core.learning.client_work import Weighting, local_training
@@ -31,7 +31,7 @@ def fed_avg(
     client_optimizer: "optax.GradientTransformation",
     server_optimizer: "optax.GradientTransformation | None" = None,
     aggregator: Aggregator | None = None,
-    broadcast_codec: Codec | None = None,
+    broadcast_codec: Codec | Downlink | None = None,
     batch_size: int,
     num_epochs: int = 1,
     weighting: Weighting = "num_examples",
@@ -45,7 +45,8 @@ def fed_avg(
       server_optimizer: any optax optimiser; `optax.sgd(1.0)`, which is averaging, if not given.
       aggregator: how the clients' updates become one; `aggregators.mean()` if not given. One with a
         codec, such as `mean(codec=uniform_quantize(8))`, compresses the way up.
-      broadcast_codec: compresses the model on its way down; None sends it raw.
+      broadcast_codec: compresses the model on its way down, such as `uniform_quantize(8)` or
+        `anchored(flagship(1.0, candidates="direct"))`; None sends it raw.
       batch_size: examples a step of a client; the last batch of an epoch is padded and masked.
       num_epochs: passes of a client over its examples in a round.
       weighting: of the clients in a weighted mean: "num_examples", "uniform", or a function of a

@@ -107,12 +107,12 @@ def main() -> int:
     parser.add_argument("--uplinks", nargs="+", choices=list(UPLINKS), default=list(UPLINKS))
     parser.add_argument("--output", type=pathlib.Path, default=None, help="JSON file to write")
     args = parser.parse_args()
-    data_dir = args.data_dir or _default_data_dir()
+    data_dir = args.data_dir or default_data_dir()
     if data_dir is None:
         print("skipped: give --data-dir, or set FEDJAX_CORE_DATA to a folder with mnist/")
         return 0
     model = fc.models.emnist_cnn()
-    report = _earlier(args.output, args.num_rounds)
+    report = earlier(args.output, args.num_rounds)
     results = report["results"]
     for name in args.uplinks:
         algorithm = fc.algorithms.fed_avg(
@@ -133,7 +133,7 @@ def main() -> int:
     return 0
 
 
-def _earlier(output: pathlib.Path | None, num_rounds: int) -> dict[str, Any]:
+def earlier(output: pathlib.Path | None, num_rounds: int) -> dict[str, Any]:
     """The report to add to: rows that are not measured now stay, each with its machine."""
     if output is None or not output.exists():
         return {"num_rounds": num_rounds, "machines": {}, "results": {}}
@@ -146,7 +146,8 @@ def _earlier(output: pathlib.Path | None, num_rounds: int) -> dict[str, Any]:
     return report
 
 
-def _default_data_dir() -> pathlib.Path | None:
+def default_data_dir() -> pathlib.Path | None:
+    """The folder of MNIST in that of all data."""
     folder = os.environ.get("FEDJAX_CORE_DATA")
     return pathlib.Path(folder) / "mnist" if folder else None
 

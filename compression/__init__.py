@@ -36,6 +36,9 @@ else:
     from fedjax_core.compression.control import scheduled as scheduled
     from fedjax_core.compression.control import target_error as target_error
     from fedjax_core.compression.control import target_rate as target_rate
+    from fedjax_core.compression.downlinks import Downlink as Downlink
+    from fedjax_core.compression.downlinks import anchored as anchored
+    from fedjax_core.compression.downlinks import replica as replica
     from fedjax_core.compression.eden import drive as drive
     from fedjax_core.compression.eden import eden as eden
     from fedjax_core.compression.edges import PlacedKeys as PlacedKeys
@@ -49,9 +52,12 @@ else:
     from fedjax_core.compression.framing import unframe as unframe
     from fedjax_core.compression.hadamard import hadamard_rotation as hadamard_rotation
     from fedjax_core.compression.lossless import lossless as lossless
+    from fedjax_core.compression.memory import ef21 as ef21
     from fedjax_core.compression.memory import error_feedback as error_feedback
     from fedjax_core.compression.positions import Positions as Positions
+    from fedjax_core.compression.presets import DOWNLINK_PRESETS as DOWNLINK_PRESETS
     from fedjax_core.compression.presets import PRESETS as PRESETS
+    from fedjax_core.compression.presets import downlink_preset as downlink_preset
     from fedjax_core.compression.presets import preset as preset
     from fedjax_core.compression.qsgd import qsgd as qsgd
     from fedjax_core.compression.sampled import rand_k as rand_k

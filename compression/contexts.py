@@ -295,7 +295,8 @@ def _measured(planes: tuple[Plane, ...], levels: Any) -> tuple[BitCount, jax.Arr
 def _escaped_bits(codes: Any) -> BitCount:
     above = jnp.maximum(jnp.abs(jnp.asarray(codes)) - (ESCAPE - 1), 0).astype(jnp.uint32)
     lengths = jnp.where(above > 0, gamma_lengths(jnp.maximum(above, 1)), 0)
-    return total(jnp.ravel(lengths))
+    # Less than 2**6 bits an element: those of a row fit a word.
+    return total(jnp.sum(lengths, axis=1, dtype=jnp.uint32))
 
 
 def _classes(plane: Plane) -> tuple[Coded, Coded]:

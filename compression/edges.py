@@ -233,26 +233,11 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
     """
     codec = checked(codec)
 
-    def encode(key: jax.Array, value: Any) -> Message:
-        state = codec.init(jax.tree.map(_spec, value))
-        if jax.tree.leaves(state):
-            raise CodecError(
-                f"expected a codec without state or memory on the way down, got {codec.name}; use "
-                "it on the way up, as in mean(codec=...)."
-            )
-        server, memory = state
-        return codec.encode(Keys(key, key), memory, codec.hints(server), value)[1]
-
-    def receive(key: jax.Array, message: Message) -> Any:
-        summand = codec.decode(Keys(key, key), (), message)
-        report = Report(jnp.int32(1), codec.bits(message), message.stats)
-        return codec.finish(key, (), summand, report)[1]
-
-    message = federated_map(encode, keys.server, value)
+    message = federated_map(lambda key, value: encoded(codec, key, value), keys.server, value)
     decoded = broadcast_message(
         message,
         codec=codec.name,
-        receive=receive,
+        receive=lambda key, message: received(codec, key, message),
         bits=codec.bits,
         context=(keys.shared,),
         transport=codec.transport,
@@ -260,6 +245,29 @@ def downlink(codec: Codec, keys: PlacedKeys, value: Value, *, name: str = "param
     )
     _check_decoded(codec, value, decoded)
     return decoded
+
+
+def encoded(codec: Codec, key: jax.Array, value: Any) -> Message:
+    """The message of the only sender.
+
+    Raises:
+      CodecError: the codec keeps state at the receiver, or memory at the sender.
+    """
+    state = codec.init(jax.tree.map(_spec, value))
+    if jax.tree.leaves(state):
+        raise CodecError(
+            f"expected a codec without state or memory on the way down, got {codec.name}; use it "
+            "on the way up, as in mean(codec=...)."
+        )
+    server, memory = state
+    return codec.encode(Keys(key, key), memory, codec.hints(server), value)[1]
+
+
+def received(codec: Codec, key: jax.Array, message: Message) -> Any:
+    """What a receiver makes of the message of the only sender."""
+    summand = codec.decode(Keys(key, key), (), message)
+    report = Report(jnp.int32(1), codec.bits(message), message.stats)
+    return codec.finish(key, (), summand, report)[1]
 
 
 def _check_decoded(codec: Codec, value: Value, decoded: Value) -> None:

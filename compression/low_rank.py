@@ -22,7 +22,9 @@ import jax.numpy as jnp
 
 # Products of matrices in full precision also where a device would round their factors.
 _EXACT = jax.lax.Precision.HIGHEST
-_NUM_ITERATIONS = 2
+# Of updates of the FedAvg CNN, rank 16: one leaves 0.1 to 0.6 % of the energy, the best matrix of
+# this rank 0.1 to 0.45 %, and the step of any useful rate more than 6 %.
+_NUM_ITERATIONS = 1
 
 
 class Factors(NamedTuple):
@@ -68,15 +70,17 @@ def factorize(key: jax.Array, matrix: jax.Array, rank: int) -> Factors:
       >>> bool(jnp.allclose(product(factorize(jax.random.key(0), x, 1)), x, atol=1e-5))
       True
     """
-    start = jax.random.normal(key, (matrix.shape[1], rank), matrix.dtype)
-    basis = orthonormal(multiply(matrix, start))
+    if matrix.shape[0] < matrix.shape[1]:
+        left, right, scales = factorize(key, matrix.T, rank)
+        return Factors(right, left, scales)
+    basis = jax.random.normal(key, (matrix.shape[1], rank), matrix.dtype)
     for _ in range(_NUM_ITERATIONS):
-        basis = orthonormal(multiply(matrix, multiply(matrix.T, basis)))
-    mixed = multiply(matrix.T, basis)
+        basis = orthonormal(multiply(matrix.T, multiply(matrix, basis)))
+    mixed = multiply(matrix, basis)
     squares, turn = jnp.linalg.eigh(multiply(mixed.T, mixed))
     turn = turn[:, ::-1]
     scales = jnp.sqrt(jnp.maximum(squares[::-1], 0))
-    return Factors(multiply(basis, turn) * scales[None], multiply(mixed, turn), scales)
+    return Factors(multiply(mixed, turn), multiply(basis, turn) * scales[None], scales)
 
 
 def product(factors: Factors) -> jax.Array:

@@ -6,6 +6,7 @@ from fedjax_core.aggregators.base import Wrapper as Wrapper
 from fedjax_core.aggregators.base import chain as chain
 from fedjax_core.aggregators.base import is_present as is_present
 from fedjax_core.aggregators.computation import as_computation as as_computation
+from fedjax_core.aggregators.low_rank import power_sgd as power_sgd
 from fedjax_core.aggregators.quantiles import NormEstimator as NormEstimator
 from fedjax_core.aggregators.quantiles import fixed as fixed
 from fedjax_core.aggregators.quantiles import quantile as quantile

@@ -119,13 +119,18 @@ def _codec_init(codec: Codec | None, secure: bool, kind: Any, expected: str) -> 
         )
 
     def init(template: Any) -> tuple[Any, Any]:
-        _check_kind(template, kind, expected)
+        check_kind(template, kind, expected)
         return ((), ()) if codec is None else codec.init(template)
 
     return init
 
 
-def _check_kind(template: Any, kind: Any, expected: str) -> None:
+def check_kind(template: Any, kind: Any, expected: str) -> None:
+    """Raises unless all leaves are of a kind.
+
+    Raises:
+      ArgumentError: naming one that is not.
+    """
     for path, leaf in jax.tree.leaves_with_path(template):
         if not jnp.issubdtype(leaf.dtype, kind):
             raise ArgumentError(

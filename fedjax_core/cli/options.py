@@ -23,6 +23,8 @@ Uplink = Literal[
     "secure",
 ]
 
+Downlink = Literal["none", "anchored", "replica", "dense_8bit"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
@@ -81,6 +83,9 @@ class Train(Training):
     uplink: Uplink = "none"
     """Compression of what clients send up: by one of the presets of docs/compression.md, or
     quantisation and top-k with the three options below."""
+    downlink: Downlink = "none"
+    """Compression of the model on its way down: as its difference to the first model (anchored) or
+    to what clients hold (replica), or by the codec dense_8bit."""
     bits: int = 8
     """Bits that an entry takes with quantize, 1 to 16."""
     fraction: float = 0.1

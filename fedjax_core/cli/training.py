@@ -33,7 +33,8 @@ def run(settings: options.Train) -> bool:
     model = make_model(settings.model)
     splits = load_splits(settings.dataset, settings, num_clients=settings.num_clients)
     print(describe(splits), flush=True)
-    experiment = make_experiment(model, splits, codec, settings)
+    down = make_downlink(settings)
+    experiment = make_experiment(model, splits, codec, settings, broadcast_codec=down)
     folder = writers.log_folder(settings.log_dir, overwrite=settings.overwrite)
     state, history = train_once(experiment, settings, folder=folder)
     if settings.save is not None:
@@ -54,6 +55,15 @@ def make_codec(settings: options.Train) -> compression.Codec | None:
         "top_k_quantize": compression.chain(top_k, quantize),
     }
     return codecs.get(settings.uplink)
+
+
+def make_downlink(settings: options.Train) -> compression.Codec | compression.Downlink | None:
+    """What `settings.downlink` names, None for the raw model."""
+    if settings.downlink == "none":
+        return None
+    if settings.downlink in compression.DOWNLINK_PRESETS:
+        return compression.downlink_preset(settings.downlink)
+    return compression.preset(settings.downlink)
 
 
 def make_model(name: str) -> models.Model:
@@ -94,6 +104,7 @@ def make_experiment(
     splits: datasets.Splits,
     codec: compression.Codec | None,
     settings: options.Training,
+    broadcast_codec: compression.Codec | compression.Downlink | None = None,
 ) -> Experiment:
     """Federated averaging of `model`."""
     execution = Execution() if settings.execution is None else read_execution(settings.execution)
@@ -103,6 +114,7 @@ def make_experiment(
         client_optimizer=optax.sgd(settings.client_learning_rate),
         server_optimizer=optax.sgd(settings.server_learning_rate),
         aggregator=mean(codec=codec, secure=is_secure),
+        broadcast_codec=broadcast_codec,
         batch_size=settings.batch_size,
         num_epochs=settings.epochs,
         execution=execution,

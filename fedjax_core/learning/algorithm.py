@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from fedjax_core.aggregators.base import Aggregator
 from fedjax_core.aggregators.contract import checked
 from fedjax_core.compression.base import Codec
+from fedjax_core.compression.downlinks import Downlink, plain
 from fedjax_core.datasets.cohort import Cohort
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.datasets.resident import DeviceDataset
-from fedjax_core.errors import ArgumentError, noted
+from fedjax_core.errors import ArgumentError
 from fedjax_core.execution.compiling import compiler_options, jit
 from fedjax_core.execution.computation import Computation, federated_computation
 from fedjax_core.execution.config import HOST_DRIVEN, Execution
@@ -59,7 +59,7 @@ from fedjax_core.learning.memory import (
     take_memory,
 )
 from fedjax_core.learning.models import Model
-from fedjax_core.learning.rounds import Memory, Parts, Round, State, trace_round
+from fedjax_core.learning.rounds import Memory, Parts, Round, State, strong, trace_round
 
 if TYPE_CHECKING:
     import optax  # half of the time that importing the library would take
@@ -171,7 +171,7 @@ def federated_learning(
     aggregator: Aggregator,
     server_optimizer: "optax.GradientTransformation",
     *,
-    broadcast_codec: Codec | None = None,
+    broadcast_codec: Codec | Downlink | None = None,
     execution: Execution = Execution(),  # noqa: B008 - frozen
 ) -> Algorithm:
     """Composes client work, an aggregator and a server optimiser to an algorithm.
@@ -186,13 +186,15 @@ def federated_learning(
       client_work: what clients do.
       aggregator: how their updates become one.
       server_optimizer: any optax optimiser.
-      broadcast_codec: encodes the model on its way down; None sends it raw.
+      broadcast_codec: encodes the model on its way down, a codec or what `anchored` and `replica`
+        make of one; None sends it raw.
       execution: how the program runs.
 
     Raises:
       ArgumentError: for parts that do not fit together.
     """
-    parts = Parts(model, client_work, aggregator, server_optimizer, broadcast_codec)
+    sender = plain(broadcast_codec) if isinstance(broadcast_codec, Codec) else broadcast_codec
+    parts = Parts(model, client_work, aggregator, server_optimizer, sender)
     _check_parts(parts, execution)
     parts = parts._replace(aggregator=checked(parts.aggregator))
     make_state = jax.jit(_initializer(parts))
@@ -221,6 +223,8 @@ def federated_learning(
         result, ledger = computation.lower(execution)(*args, valid=cohort.valid)
         values = jax.tree.map(lambda x: x.value, result, is_leaf=lambda x: isinstance(x, Federated))
         communication = itemise(computation.program_run_by(execution), ledger)
+        if values.catch_up:
+            communication.broadcast["catch_up"] = values.catch_up
         metrics = Metrics(values.train, values.clients, values.aggregator, communication)
         clients = put_memory(state.clients, cohort, values.memory, execution)
         compiled.setdefault(_describe_shapes(cohort))
@@ -277,29 +281,34 @@ def _describe_shapes(cohort: Cohort) -> str:
 def _check_parts(parts: Parts, execution: Execution) -> None:
     import optax
 
-    wanted: list[tuple[str, Any, type]] = [
+    wanted: list[tuple[str, Any, type | tuple[type, ...]]] = [
         ("model", parts.model, Model),
         ("aggregator", parts.aggregator, Aggregator),
         ("server_optimizer", parts.server_optimizer, optax.GradientTransformation),
         ("execution", execution, Execution),
     ]
-    if parts.broadcast_codec is not None:
-        wanted.append(("broadcast_codec", parts.broadcast_codec, Codec))
+    if parts.downlink is not None:
+        wanted.append(("broadcast_codec", parts.downlink, (Codec, Downlink)))
     for name, value, kind in wanted:
         if not isinstance(value, kind):
-            raise ArgumentError(f"Expected {name} to be of type {kind.__name__}, got {value!r}.")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            expected = " or ".join(each.__name__ for each in kinds)
+            raise ArgumentError(f"Expected {name} to be of type {expected}, got {value!r}.")
 
 
 def _initializer(parts: Parts) -> Callable[[jax.Array], tuple[State, Memory]]:
     """The function from a key to the state, and to what one client remembers at first."""
-    model, client_work, aggregator, server_optimizer, _ = parts
+    _, client_work, aggregator, server_optimizer, downlink = parts
 
     def init(key: jax.Array) -> tuple[State, Memory]:
-        with noted("In the model's `init`."):
-            params = jax.tree.map(_strong, model.init(jax.random.fold_in(key, 0)))
+        seed = jax.random.fold_in(key, 0)
+        params = parts.initialize(seed)
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         aggregator_state, aggregator_memory = aggregator.init(template)
         work_state, work_memory = client_work.init(params)
+        sender, receiver_memory = ((), ())
+        if downlink is not None:
+            sender, receiver_memory = downlink.init(parts.initialize, seed)
         optimizer = server_optimizer.init(params)
         hyperparams = {
             "client": client_work.hyperparams(params),
@@ -313,18 +322,12 @@ def _initializer(parts: Parts) -> Callable[[jax.Array], tuple[State, Memory]]:
             client_work=work_state,
             hyperparams=hyperparams,
             key=jax.random.fold_in(key, 1),
+            downlink=sender,
         )
-        memory = Memory(work_memory, aggregator_memory)
-        return jax.tree.map(_strong, state), jax.tree.map(_strong, memory)
+        memory = Memory(work_memory, aggregator_memory, receiver_memory)
+        return jax.tree.map(strong, state), jax.tree.map(strong, memory)
 
     return init
-
-
-def _strong(x: Any) -> jax.Array:
-    """An array whose dtype is its own: a weak one would make the second round compile again."""
-    x = jnp.asarray(x)
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return x if is_key else lax.convert_element_type(x, x.dtype)
 
 
 class _ComputationCache:

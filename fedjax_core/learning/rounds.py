@@ -17,9 +17,9 @@ from jax import lax
 
 from fedjax_core.aggregators.base import Aggregator, is_present
 from fedjax_core.bits import BitCount
-from fedjax_core.compression.base import Codec
-from fedjax_core.compression.edges import PlacedKeys, downlink
-from fedjax_core.errors import FederatedTypeError
+from fedjax_core.compression.downlinks import Downlink, Sent
+from fedjax_core.compression.edges import PlacedKeys
+from fedjax_core.errors import FederatedTypeError, noted
 from fedjax_core.language import inference
 from fedjax_core.language.messages import sum_messages
 from fedjax_core.language.operators import (
@@ -60,6 +60,7 @@ class State(NamedTuple):
       key: the key that every round's key is folded from.
       clients: what each client of the dataset remembers, a `Memory` of arrays
         ``[num_clients, ...]`` in the order of its `client_ids`; () if nothing.
+      downlink: the state of what sends the model.
     """
 
     params: Any
@@ -70,6 +71,7 @@ class State(NamedTuple):
     hyperparams: dict[str, Any]
     key: jax.Array
     clients: Any = ()
+    downlink: Any = ()
 
 
 class Memory(NamedTuple):
@@ -78,10 +80,12 @@ class Memory(NamedTuple):
     Attributes:
       client_work: of its work, such as a control variate.
       aggregator: of the aggregator and its codec, such as the error it has not sent yet.
+      downlink: of the models that it was sent, such as which was the last.
     """
 
     client_work: Any
     aggregator: Any
+    downlink: Any
 
 
 class Parts(NamedTuple):
@@ -91,7 +95,13 @@ class Parts(NamedTuple):
     client_work: ClientWork
     aggregator: Aggregator
     server_optimizer: "optax.GradientTransformation"
-    broadcast_codec: Codec | None
+    downlink: Downlink | None
+
+    def initialize(self, key: jax.Array) -> Any:
+        """The model that everyone makes from the same seed."""
+        with noted("In the model's `init`."):
+            params = self.model.init(key)
+        return jax.tree.map(strong, params)
 
 
 class Screened(NamedTuple):
@@ -116,6 +126,7 @@ class Round(NamedTuple):
     clients: Any
     aggregator: Any
     memory: Any
+    catch_up: Any
 
 
 def trace_round(
@@ -130,9 +141,9 @@ def trace_round(
       uid: at the clients, uint32 `[2]`.
       memory: a `Memory` at the clients, None if they remember nothing.
     """
-    work_memory, aggregator_memory = _memories(memory)
+    work_memory, aggregator_memory, downlink_memory = _memories(memory)
     keys = _round_keys(state, uid)
-    params = _send_params(parts.broadcast_codec, keys, state.params)
+    sent = _send_params(parts, keys, state, downlink_memory)
     context = _send(
         federated_map(parts.client_work.prepare, state.client_work, state.params), "context"
     )
@@ -145,7 +156,7 @@ def trace_round(
 
     key = keys.fold_in(_WORK).client
     new_memory, output = federated_map(
-        work, key, work_memory, context, params, hyperparams, examples
+        work, key, work_memory, context, sent.value, hyperparams, examples
     )
     screened = federated_map(screen, output, work_memory, new_memory)
     output = screened.output
@@ -166,19 +177,24 @@ def trace_round(
         update,
         aggregator_state,
         work_state,
+        sent.server,
         received.count,
         received.total,
     )
-    remembered = () if memory is None else Memory(screened.memory, aggregator_memory)
-    return Round(new_state, federated_map(finish_metrics, stats), counts, measurements, remembered)
+    remembered = ()
+    if memory is not None:
+        remembered = Memory(screened.memory, aggregator_memory, sent.memory)
+    catch_up = () if sent.catch_up is None else sent.catch_up
+    train = federated_map(finish_metrics, stats)
+    return Round(new_state, train, counts, measurements, remembered, catch_up)
 
 
-def _memories(memory: Value | None) -> tuple[Value, Value]:
-    """What the client work and the aggregator remember, at the clients."""
+def _memories(memory: Value | None) -> tuple[Value, Value, Value]:
+    """What the parts of a `Memory` hold, at the clients."""
     if memory is None:
         nothing = federated_value((), CLIENTS)
-        return nothing, nothing
-    return memory.client_work, memory.aggregator
+        return nothing, nothing, nothing
+    return memory.client_work, memory.aggregator, memory.downlink
 
 
 def _check_update(params: Value, update: Value) -> None:
@@ -199,10 +215,11 @@ def client_key(key: jax.Array, uid: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, uid[0]), uid[1])
 
 
-def _send_params(codec: Codec | None, keys: PlacedKeys, params: Value) -> Value:
-    if codec is None:
-        return federated_broadcast(params, name="params")
-    return downlink(codec, keys.fold_in(_DOWNLINK), params)
+def _send_params(parts: Parts, keys: PlacedKeys, state: Value, memory: Value) -> Sent:
+    if parts.downlink is None:
+        return Sent(state.downlink, memory, federated_broadcast(state.params, name="params"))
+    keys = keys.fold_in(_DOWNLINK)
+    return parts.downlink.send(keys, parts.initialize, state.downlink, memory, state.params)
 
 
 def _send(value: Value, name: str) -> Value:
@@ -285,6 +302,13 @@ def _is_finite(x: jax.Array) -> jax.Array:
     return lax.reduce_and(every, tuple(range(x.ndim)))
 
 
+def strong(x: Any) -> jax.Array:
+    """An array whose dtype is its own: a weak one would make the second round compile again."""
+    x = jnp.asarray(x)
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else lax.convert_element_type(x, x.dtype)
+
+
 # One function for each optimiser: JAX then knows it when a round is traced for other examples.
 @functools.lru_cache(maxsize=64)
 def _server_step(
@@ -295,6 +319,7 @@ def _server_step(
         update: Any,
         aggregator: Any,
         client_work: Any,
+        downlink: Any,
         num_clients: jax.Array,
         statuses: dict[str, jax.Array],
     ) -> tuple[State, dict[str, jax.Array]]:
@@ -311,6 +336,7 @@ def _server_step(
         )
         kept = jax.tree.map(lambda a, b: lax.select(is_accepted, a, b), stepped, state)
         counts = {"num_clients": num_clients, **statuses, "update_rejected": jnp.int32(~is_finite)}
-        return kept._replace(round=state.round + 1), counts
+        # What was sent was sent, whatever came back.
+        return kept._replace(round=state.round + 1, downlink=downlink), counts
 
     return server_step

@@ -35,7 +35,7 @@ def test_the_error_of_other_matrices_is_nearly_the_least():
     factors = low_rank.factorize(KEY, x, 8)
     values = np.linalg.svd(x, compute_uv=False)
     least = np.sum(values[8:] ** 2) / np.sum(values**2)
-    assert relative_error(x, low_rank.product(factors)) <= 1.05 * least
+    assert relative_error(x, low_rank.product(factors)) <= 1.1 * least
     np.testing.assert_allclose(factors.scales[:5], values[:5], rtol=1e-3)
 
 
