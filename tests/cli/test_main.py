@@ -118,6 +118,17 @@ def test_every_uplink_trains(tmp_path, uplink):
     assert sent == raw if uplink == "none" else sent < raw / 2
 
 
+@pytest.mark.parametrize("downlink", ["anchored", "replica", "dense_8bit"])
+def test_every_downlink_trains(tmp_path, downlink):
+    assert train(tmp_path, "--downlink", downlink, "--model", "linear") == 0
+    row = rows(tmp_path)[-1]
+    raw = 3 * 32 * 7_850
+    # The tensors are too small for the codec of 8 bits.
+    assert row["communication/broadcast/params"] <= raw / (1 if downlink == "dense_8bit" else 2)
+    assert ("communication/broadcast/catch_up" in row) == (downlink == "replica")
+    assert ("communication/broadcast/anchor" in row) == (downlink == "anchored")
+
+
 def test_a_used_folder_is_refused_in_one_line(tmp_path, capsys):
     assert train(tmp_path) == 0
     capsys.readouterr()
