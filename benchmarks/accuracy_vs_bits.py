@@ -7,11 +7,15 @@ to the raw run.
     python benchmarks/accuracy_vs_bits.py --data-dir DIR      # DIR holds t10k-images-idx3-ubyte.gz
     and its labels
 
+With --speakers it is a network of two LSTM layers on Shakespeare's plays instead (see speakers.py),
+whose accuracy is the share of characters that it predicts.
+
 Prints a table, and writes it as JSON with a picture beside it. A row of the file that is not
 measured now stays as it is. Rows with a goal end with whether it was reached.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -21,6 +25,7 @@ from typing import Any, NamedTuple
 
 import mnist_fedavg as setup
 import optax
+import speakers
 from machine import describe_machine
 
 import fedjax_core as fc
@@ -88,25 +93,31 @@ def main() -> int:
     parser.add_argument(
         "--output", type=pathlib.Path, default=None, help="JSON file, and .png of the same name"
     )
+    parser.add_argument(
+        "--speakers", action="store_true", help="Shakespeare's characters instead of digits"
+    )
     args = parser.parse_args()
-    data_dir = args.data_dir or setup.default_data_dir()
-    if data_dir is None:
-        print("skipped: give --data-dir, or set FEDJAX_CORE_DATA to a folder with mnist/")
+    try:
+        task = speakers_task() if args.speakers else mnist_task(args.data_dir)
+    except LookupError as error:
+        print(f"skipped: {error.args[0]}")
         return 0
-    model = fc.models.emnist_cnn()
     report = setup.earlier(args.output, args.num_rounds)
     results = report["results"]
     for name in args.ways:
         algorithm = fc.algorithms.fed_avg(
-            model,
-            client_optimizer=optax.sgd(setup.LEARNING_RATE),
+            task.model,
+            client_optimizer=optax.sgd(task.learning_rate),
             aggregator=fc.aggregators.mean(codec=WAYS[name].up()),
             broadcast_codec=WAYS[name].down(),
-            batch_size=setup.BATCH_SIZE,
+            batch_size=task.batch_size,
         )
         results[name] = []
         for seed in range(args.num_seeds):
-            result = setup.run(algorithm, model, data_dir, seed, args.num_rounds)
+            dataset, test = task.load(seed)
+            result = setup.run(
+                algorithm, task.model, dataset, test, seed=seed, num_rounds=args.num_rounds
+            )
             results[name].append(result)
             print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
         report["machines"][name] = describe_machine()
@@ -116,6 +127,46 @@ def main() -> int:
     if args.output:
         draw(results, args.output.with_suffix(".png"))
     return 0
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      model: that is trained.
+      load: from a seed to the federated examples and the held out ones.
+      learning_rate: of the clients.
+      batch_size: of the clients.
+    """
+
+    model: fc.models.Model
+    load: Callable[[int], tuple[fc.datasets.FederatedDataset, Any]]
+    learning_rate: float
+    batch_size: int
+
+
+def mnist_task(data_dir: pathlib.Path | None) -> Task:
+    """The FedAvg CNN on digits.
+
+    Raises:
+      LookupError: there are none.
+    """
+    folder = data_dir or setup.default_data_dir()
+    if folder is None:
+        raise LookupError("give --data-dir, or set FEDJAX_CORE_DATA to a folder with mnist/")
+    load = functools.partial(setup.load_split, folder)
+    return Task(fc.models.emnist_cnn(), load, setup.LEARNING_RATE, setup.BATCH_SIZE)
+
+
+def speakers_task() -> Task:
+    """The LSTM on characters; the seed is of parameters and cohorts alone.
+
+    Raises:
+      LookupError: there is no text.
+    """
+    dataset, test, num_characters = speakers.load()
+    model = speakers.character_lstm(num_characters)
+    return Task(model, lambda seed: (dataset, test), speakers.LEARNING_RATE, speakers.BATCH_SIZE)
 
 
 class Summary(NamedTuple):

@@ -38,7 +38,6 @@ CLIENTS_PER_ROUND = 10
 BATCH_SIZE = 20
 LEARNING_RATE = 0.1
 NUM_ROUNDS = 60
-NUM_PARAMS = 1_663_370
 
 NUM_EVALUATED = 5
 
@@ -64,10 +63,15 @@ def load_split(data_dir: pathlib.Path, seed: int) -> tuple[Any, dict[str, np.nda
 
 
 def run(
-    algorithm: Any, model: Any, data_dir: pathlib.Path, seed: int, num_rounds: int
+    algorithm: Any,
+    model: fc.models.Model,
+    dataset: fc.datasets.FederatedDataset,
+    test: Any,
+    *,
+    seed: int,
+    num_rounds: int,
 ) -> dict[str, float]:
-    """One training run."""
-    dataset, test = load_split(data_dir, seed)
+    """One training run: accuracy on `test` after the last rounds, and bits."""
     sampler = fc.datasets.sampling.uniform(dataset, CLIENTS_PER_ROUND, seed=seed)
     begin = time.perf_counter()
     accuracies = []
@@ -76,7 +80,7 @@ def run(
         if int(state.round) > num_rounds - NUM_EVALUATED:
             accuracies.append(float(fc.evaluate(model, state.params, test)["accuracy"]))
 
-    _, history = fc.train(
+    state, history = fc.train(
         algorithm,
         dataset,
         sampler,
@@ -86,9 +90,10 @@ def run(
     )
     seconds = time.perf_counter() - begin
     update_bits = sum(int(record.communication["aggregate/update"]) for record in history)
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
     return {
         "accuracy": statistics.mean(accuracies),
-        "bits_per_param": update_bits / (num_rounds * CLIENTS_PER_ROUND * NUM_PARAMS),
+        "bits_per_param": update_bits / (num_rounds * CLIENTS_PER_ROUND * num_params),
         "uplink_bits": history[-1].aggregated_bits,
         "downlink_bits": history[-1].broadcasted_bits,
         "seconds": seconds,
@@ -123,7 +128,8 @@ def main() -> int:
         )
         results[name] = []
         for seed in range(args.num_seeds):
-            result = run(algorithm, model, data_dir, seed, args.num_rounds)
+            dataset, test = load_split(data_dir, seed)
+            result = run(algorithm, model, dataset, test, seed=seed, num_rounds=args.num_rounds)
             results[name].append(result)
             print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
         report["machines"][name] = describe_machine()

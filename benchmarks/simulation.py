@@ -582,8 +582,19 @@ def codecs(sizes: Sizes) -> Found:
     dataset = prototypes(sizes).on_device()
     cohort = dataset.cohort(dataset.client_ids)
     nearest = compression.uniform_quantize(8, stochastic=False)
-    uplinks = {"dense_8bit, to the nearest": nearest, **PRESET_CODECS}
-    limits = {"dense_8bit, to the nearest": 1.05, "dense_8bit": 1.2}
+    low_rank, ledger = (compression.flagship(candidates=name) for name in ("low_rank", "ledger"))
+    uplinks = {
+        "dense_8bit, to the nearest": nearest,
+        **PRESET_CODECS,
+        "flagship, low rank alone": low_rank,
+        "flagship, by the ledger": ledger,
+    }
+    limits = {
+        "dense_8bit, to the nearest": 1.05,
+        "dense_8bit": 1.2,
+        "flagship": 1.35,
+        "flagship, low rank alone": 1.2,
+    }
 
     def way(codec: compression.Codec | None, secure: bool) -> Callable[[], None]:
         aggregator = fc.aggregators.mean(codec=codec, secure=secure)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_core.compression import low_rank
+from fedjax_core.compression import choices, low_rank
 from fedjax_core.compression.base import (
     Codec,
     Keys,
@@ -43,7 +43,7 @@ from fedjax_core.compression.numerics import divisor, finite, ratio, wide
 from fedjax_core.compression.wire import check_tensors
 from fedjax_core.errors import CodecError
 
-Candidates = Literal["low_rank", "direct", "both"]
+Candidates = Literal["low_rank", "direct", "both", "ledger"]
 
 # Symbols of larger magnitudes would not fit their codes.
 _LARGEST = float(2**24)
@@ -76,6 +76,11 @@ class _Tensor:
     dtype: np.dtype
     rank: int
     is_direct: bool
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether it may be sent in either way."""
+        return self.rank > 0 and self.is_direct and not self.is_small
 
     @property
     def is_small(self) -> bool:
@@ -121,9 +126,10 @@ def flagship(
       step: in root mean squares of the whole value, 1e-3 to 1e3, but no larger than its largest
         element; or what sets it from round to round: `target_rate`, `target_error` or `scheduled`.
       rank: how many components of a matrix are tried at most, 1 to 256.
-      candidates: how large matrices are sent: the better one of ``"both"`` for each;
-        ``"low_rank"``, which is faster, and very wrong for matrices that have no low rank; or
-        ``"direct"``, which costs no factorisation.
+      candidates: how large matrices are sent: ``"low_rank"``, which is very wrong for matrices that
+        have no low rank; ``"direct"``; the better one of ``"both"``, which every sender finds for
+        each matrix; or as the ``"ledger"`` of earlier rounds says, in which each way was tried: a
+        sender then computes one of them, and tells what it cost, 32 bits for each matrix.
 
     Returns:
       The codec. A value that holds a NaN or an infinity decodes to NaN everywhere.
@@ -144,17 +150,35 @@ def flagship(
     own_rank = whole("rank", rank, 1, 256)
     if candidates not in get_args(Candidates):
         raise CodecError(
-            f'expected candidates to be "low_rank", "direct" or "both", got {candidates!r}.'
+            'expected candidates to be "low_rank", "direct", "both" or "ledger", got '
+            f"{candidates!r}."
         )
 
+    learns = candidates == "ledger"
+
+    def init(template: Any) -> tuple[Any, Any]:
+        tensors = [_describe(leaf, own_rank, candidates) for leaf in jax.tree.leaves(template)]
+        num_choices = sum(t is not None and t.has_choice for t in tensors)
+        return (control.init(), choices.init(num_choices) if learns else ()), ()
+
+    def hints(server: tuple[Any, Any]) -> tuple[Any, Any]:
+        step = () if control.step is None else control.step(server[0])
+        return step, choices.current(server[1]) if learns else ()
+
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
-        own_step = float(control.name) if control.step is None else hints
-        contents, error = _encode(keys.shared, value, own_step, own_rank, candidates)
-        return memory, Message(contents, stats=error if control.needs_error else ())
+        told, is_low_rank = hints or ((), ())
+        own_step: Any = float(control.name) if control.step is None else told
+        chosen = _Chosen(own_rank, candidates, is_low_rank)
+        contents, error, costs = _encode(keys.shared, value, own_step, chosen)
+        stats = (error if control.needs_error else (), costs if learns else ())
+        return memory, Message(contents, stats=stats)
 
     def finish(key: jax.Array, server: Any, total: Any, report: Report) -> tuple[Any, Any]:
         num_elements = sum(x.size for x in jax.tree.leaves(total))
-        return keep_total(key, control.update(server, report, num_elements), total, report)
+        error, costs = report.stats
+        controlled = control.update(server[0], report._replace(stats=error), num_elements)
+        learned = choices.update(server[1], costs, report.count) if learns else ()
+        return keep_total(key, (controlled, learned), total, report)
 
     shown = "" if rank == 16 else f", rank={own_rank}"
     shown += "" if candidates == "both" else f", candidates={candidates}"
@@ -164,34 +188,51 @@ def flagship(
         encode=lambda keys, value: Message(value),
         decode=lambda keys, message: _decode(message.payload),
     )._replace(encode=encode)
-    if control.step is None:
+    if control.step is None and not learns:
         return codec
-    return codec._replace(
-        init=lambda template: (control.init(), ()), hints=control.step, finish=finish
-    )
+    return codec._replace(init=init, hints=hints, finish=finish)
+
+
+class _Chosen(NamedTuple):
+    """How matrices are sent.
+
+    Attributes:
+      rank: of the factors.
+      candidates: see `flagship`.
+      is_low_rank: bool ``[matrices]`` with the candidates of a ledger.
+    """
+
+    rank: int
+    candidates: str
+    is_low_rank: Any
 
 
 def _encode(
-    key: jax.Array, value: Any, step: float | jax.Array, rank: int, candidates: str
-) -> tuple[_Contents, jax.Array]:
-    """What a message holds, and its squared error relative to the squared norm, float32."""
+    key: jax.Array, value: Any, step: float | jax.Array, chosen: _Chosen
+) -> tuple[_Contents, jax.Array, jax.Array]:
+    """What a message holds, its squared error relative to the squared norm, and what ways cost."""
     check_tensors(value)
     leaves, structure = jax.tree.flatten(value)
-    tensors = tuple(_describe(leaf, rank, candidates) for leaf in leaves)
+    tensors = tuple(_describe(leaf, chosen.rank, chosen.candidates) for leaf in leaves)
     others = tuple(x for x, t in zip(leaves, tensors, strict=True) if t is None)
     floats = [wide(jnp.asarray(x)) for x, t in zip(leaves, tensors, strict=True) if t is not None]
     described = [t for t in tensors if t is not None]
     unit, is_finite = _unit(floats, step)
     positions = [jnp.clip(finite(ratio(x, unit)), -_LARGEST, _LARGEST) for x in floats]
-    matrices, components, vectors = [], [], []
+    matrices, components, vectors, costs = [], [], [], []
     aligned = squares = jnp.float32(0)
     for index, (tensor, p) in enumerate(zip(described, positions, strict=True)):
         if tensor.is_small:
             vectors.append(jnp.ravel(p))
             continue
         p = p.reshape(low_rank.matrix_shape(tensor.shape))
-        sent = _candidates(jax.random.fold_in(key, index), tensor, p)
-        if len(sent) == 2:
+        own_key = jax.random.fold_in(key, index)
+        if tensor.has_choice and chosen.candidates == "ledger":
+            sent = list(_one_way(chosen.is_low_rank[len(costs)], own_key, tensor, p))
+            costs.append(sum(_cost(x) for x in sent) + jnp.sum(p * p))
+        else:
+            sent = _candidates(own_key, tensor, p)
+        if len(sent) == 2 and chosen.candidates == "both":
             sent = _better(*sent)
         for each in sent:
             matrices.append(each.codes)
@@ -210,7 +251,8 @@ def _encode(
     # With <Q, x> = |x|^2 the error is |Q|^2 - |x|^2; what is empty has none.
     error = jnp.where(aligned > 0, stretch * stretch * squares / divisor(energy) - 1, 1)
     error = jnp.where(energy > 0, jnp.maximum(error, 0), 0).astype(jnp.float32)
-    return _Contents(scale, tuple(components), planes, others, structure, tensors), error
+    contents = _Contents(scale, tuple(components), planes, others, structure, tensors)
+    return contents, error, jnp.stack(costs) if costs else jnp.zeros(0)
 
 
 def _decode(contents: _Contents) -> Any:
@@ -259,12 +301,16 @@ class _Symbols(NamedTuple):
 def _candidates(key: jax.Array, tensor: _Tensor, p: jax.Array) -> list[_Symbols]:
     found = []
     if tensor.is_direct:
-        codes = _rounded(p)
-        squares = jnp.sum(jnp.square(codes.astype(p.dtype)))
-        found.append(_Symbols(codes, None, jnp.sum(p * codes), squares))
+        found.append(_direct(p))
     if tensor.rank:
         found.append(_low_rank(key, p, tensor.rank))
     return found
+
+
+def _direct(p: jax.Array) -> _Symbols:
+    codes = _rounded(p)
+    squares = jnp.sum(jnp.square(codes.astype(p.dtype)))
+    return _Symbols(codes, None, jnp.sum(p * codes), squares)
 
 
 def _low_rank(key: jax.Array, p: jax.Array, rank: int) -> _Symbols:
@@ -284,15 +330,27 @@ def _low_rank(key: jax.Array, p: jax.Array, rank: int) -> _Symbols:
 
 def _better(*sent: _Symbols) -> list[_Symbols]:
     """The ways to send a matrix, all but the best one with zeros in the place of symbols."""
-    costs = jnp.stack(
-        # The squared error, but for |p|^2, which is the same for all.
-        [x.squares - 2 * x.aligned + _expected_bits(x.codes) / _BITS_PER_ERROR for x in sent]
-    )
-    best = jnp.argmin(costs)
+    best = jnp.argmin(jnp.stack([_cost(x) for x in sent]))
     return [
         jax.tree.map(lambda x, is_best=best == index: jnp.where(is_best, x, 0), each)
         for index, each in enumerate(sent)
     ]
+
+
+def _one_way(is_low_rank: jax.Array, key: jax.Array, tensor: _Tensor, p: jax.Array) -> Any:
+    """Both ways to send a matrix, one of them with zeros in the place of symbols."""
+    direct, factors = jax.eval_shape(lambda: tuple(_candidates(key, tensor, p)))
+    empty = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in (direct, factors)]
+    return jax.lax.cond(
+        is_low_rank,
+        lambda: (empty[0], _low_rank(key, p, tensor.rank)),
+        lambda: (_direct(p), empty[1]),
+    )
+
+
+def _cost(sent: _Symbols) -> jax.Array:
+    """The squared error, but for |p|^2, and what the bits are worth."""
+    return sent.squares - 2 * sent.aligned + _expected_bits(sent.codes) / _BITS_PER_ERROR
 
 
 def _expected_bits(codes: jax.Array) -> jax.Array:
@@ -328,4 +386,6 @@ def _describe(leaf: Any, rank: int, candidates: str) -> _Tensor | None:
     pays = own_rank * (rows + columns) <= _MAX_SHARE * rows * columns
     if candidates == "direct" or not pays:
         own_rank = 0
-    return _Tensor(shape, dtype, own_rank, is_direct=not own_rank or candidates == "both")
+    return _Tensor(
+        shape, dtype, own_rank, is_direct=not own_rank or candidates in ("both", "ledger")
+    )

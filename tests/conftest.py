@@ -26,6 +26,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cached program would hide a recompilation from the tests that count them.
 jax.config.update("jax_enable_compilation_cache", False)
 
+# What takes minutes begins first, so that no worker is left with it at the end.
+_LONG = ("test_modes_agree", "test_tutorials", "test_readme", "test_processes", "test_tuning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of long files before all others."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:

@@ -200,11 +200,41 @@ def rounds(codec, num_rounds: int):
         sent = [encode(server, value) for value in values]
         bits = [int(b) for b, _, _ in sent]
         errors = [lost(v, r) for v, (_, _, r) in zip(values, sent, strict=True)]
-        stats = () if isinstance(sent[0][1], tuple) else sum(s for _, s, _ in sent)
+        stats = jax.tree.map(lambda *x: sum(x), *(s for _, s, _ in sent))
         report = Report(jnp.int32(10), BitCount.of(sum(bits)), stats)
         server, _ = codec.finish(KEYS.shared, server, values[0], report)
         history.append((np.mean(bits) / size, np.mean(errors)))
     return history
+
+
+def test_the_ledger_of_earlier_rounds_chooses():
+    """Each way is tried once; then the one that costs less is taken, as `both` would find it."""
+    rng = np.random.default_rng(0)
+    value = {"low": update()["kernel"], "full": jnp.float32(10 * rng.normal(size=(300, 120)))}
+    codec = flagship(1.0, rank=8, candidates="ledger")
+    both = int(send(flagship(1.0, rank=8, candidates="both"), value)[1])
+    server, _ = codec.init(value)
+
+    @jax.jit
+    def step(server):
+        hints = codec.hints(server)
+        _, message = codec.encode(KEYS, (), hints, value)
+        bits, total = codec.bits(message), codec.decode(KEYS, hints, message)
+        report = Report(jnp.int32(1), bits, message.stats)
+        return hints[1], bits, codec.finish(KEYS.shared, server, total, report)[0], message
+
+    taken, sizes = [], []
+    for _ in range(17):
+        chosen, bits, server, message = step(server)
+        taken.append(chosen.tolist())
+        sizes.append(int(bits))
+    # Leaves in the order of their names: "full" first.
+    assert taken[:3] == [[True, True], [False, False], [False, True]]
+    assert taken[3:15] == [[False, True]] * 12
+    assert taken[15:] == [[True, False], [False, True]]
+    assert abs(sizes[2] - both) <= 2 * 32 + 64
+    data = to_bytes(codec, jax.device_get(message))
+    assert 8 * len(data) == sizes[-1]
 
 
 @pytest.mark.parametrize("bits", [0.15, 0.6])
@@ -230,8 +260,9 @@ def test_a_schedule_makes_steps():
 def test_a_round_without_messages_changes_nothing():
     codec = flagship(target_rate(0.1))
     server, _ = codec.init(update())
-    report = Report(jnp.int32(0), BitCount.zero(), ())
-    assert float(codec.finish(KEYS.shared, server, update(), report)[0]) == float(server)
+    report = Report(jnp.int32(0), BitCount.zero(), ((), ()))
+    (step, _), _ = codec.finish(KEYS.shared, server, update(), report)
+    assert float(step) == float(server[0])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_the_error_of_other_matrices_is_nearly_the_least():
     values = np.linalg.svd(x, compute_uv=False)
     least = np.sum(values[8:] ** 2) / np.sum(values**2)
     assert relative_error(x, low_rank.product(factors)) <= 1.1 * least
-    np.testing.assert_allclose(factors.scales[:5], values[:5], rtol=1e-3)
+    np.testing.assert_allclose(factors.scales[:5], values[:5], rtol=5e-3)
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((400, 300), 8), ((200, 50), 4)])
