@@ -5,6 +5,7 @@ compiled, so programs are compiled without optimisation. With FEDJAX_CORE_TEST_O
 compiled as users compile them.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -25,6 +26,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cached program would hide a recompilation from the tests that count them.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# A worker holds gigabytes of programs, and would look through all of them again and again.
+gc.set_threshold(100_000, 50, 100)
 
 # What takes minutes begins first, so that no worker is left with it at the end.
 _LONG = ("test_modes_agree", "test_tutorials", "test_readme", "test_processes", "test_tuning")

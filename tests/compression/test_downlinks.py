@@ -25,6 +25,7 @@ from fedjax_core.errors import ArgumentError, CodecError
 
 KEY = jax.random.key(0)
 DIRECT = flagship(0.5, candidates="direct")
+QUANTIZE = uniform_quantize(12, min_size=0, stochastic=False)
 
 
 @functools.cache
@@ -174,8 +175,13 @@ def test_who_missed_rounds_is_sent_what_it_missed_or_everything():
     assert before > raw > sizes[-1]
 
 
+@functools.cache
+def quantized():
+    return rounds(replica(QUANTIZE), COHORTS)
+
+
 def test_a_round_counts_both():
-    _, metrics = rounds(replica(DIRECT), COHORTS)
+    _, metrics = quantized()
     assert [m["position"] for m in metrics] == [2 * 64] * 5
     assert metrics[0]["catch_up"] == 2 * 64
     size = [m["params"] // 2 for m in metrics]
@@ -183,8 +189,8 @@ def test_a_round_counts_both():
     assert metrics[1]["catch_up"] == size[0] + 64
     # Client 1 was last in round 1, client 0 in round 2.
     assert metrics[4]["catch_up"] == sum(size[2:4]) + size[3]
-    _, metrics = rounds(anchored(DIRECT), COHORTS)
-    assert [m["anchor"] for m in metrics] == [2 * 64] * 5
+    _, metrics = rounds(anchored(QUANTIZE), COHORTS[:2])
+    assert [m["anchor"] for m in metrics] == [2 * 64] * 2
     assert all("catch_up" not in m for m in metrics)
 
 
@@ -196,26 +202,29 @@ def test_with_the_identity_nothing_changes():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrap", [anchored, replica])
-def test_the_ways_to_run_give_the_same_bits(wrap):
-    expected, counted = rounds(wrap(DIRECT), COHORTS)
-    for execution in ({"wire": True}, {"mode": "stacked"}, {"lanes": 2}):
-        state, metrics = rounds(wrap(DIRECT), COHORTS, **execution)
-        for ours, theirs in zip(metrics, counted, strict=True):
-            ours.pop("framing", None)
-            if "wire" in execution:
-                assert ours == theirs
-        for a, b in zip(*(jax.tree.leaves(x.params) for x in (state, expected)), strict=True):
-            if "wire" in execution:
-                np.testing.assert_array_equal(a, b)
-            else:
-                np.testing.assert_allclose(a, b, atol=1e-4)
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"wire": True},
+        pytest.param({"mode": "stacked"}, marks=pytest.mark.slow),
+        pytest.param({"lanes": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_ways_to_run_agree(execution):
+    expected, counted = quantized()
+    state, metrics = rounds(replica(QUANTIZE), COHORTS, **execution)
+    for ours, theirs in zip(metrics, counted, strict=True):
+        ours.pop("framing", None)
+        assert ours == theirs
+    for a, b in zip(*(jax.tree.leaves(x.params) for x in (state, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=0 if "wire" in execution else 1e-4)
 
 
-@pytest.mark.parametrize("wrap", [anchored, replica])
+@pytest.mark.parametrize("wrap", [pytest.param(anchored, marks=pytest.mark.slow), replica])
 def test_many_rounds_in_one_program(wrap):
-    own = algorithm(wrap(DIRECT))
-    expected, _ = rounds(wrap(DIRECT), COHORTS)
+    own = algorithm(wrap(QUANTIZE))
+    expected, _ = quantized() if wrap is replica else rounds(wrap(QUANTIZE), COHORTS)
     state = own.init(KEY, dataset().num_clients)
     state, metrics = own.run(state, dataset(), lambda r: COHORTS[r], num_rounds=5)
     for a, b in zip(*(jax.tree.leaves(x.params) for x in (state, expected)), strict=True):
