@@ -43,6 +43,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/federated_core.py
 	$(BIN)/python benchmarks/rate_distortion.py
 	$(BIN)/python benchmarks/mnist_fedavg.py $(BENCH)
+	$(BIN)/python benchmarks/accuracy_vs_bits.py
+	$(BIN)/python benchmarks/real_updates.py
 	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
 	$(BIN)/python benchmarks/simulation.py $(SIMULATION)
 
