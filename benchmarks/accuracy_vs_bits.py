@@ -71,7 +71,9 @@ WAYS = {
     "tff_8bit": Way(lambda: preset("tff_8bit")),
     "QSGD": Way(lambda: chain(qsgd(1267), zero_runs())),
     "EDEN, 1 bit": Way(lambda: preset("one_bit")),
-    "sparse ternary 1 %, error feedback": Way(lambda: error_feedback(sparse_ternary(0.01))),
+    "sparse ternary 1 %, error feedback": Way(
+        lambda: error_feedback(sparse_ternary(0.01, min_size=0))
+    ),
     "flagship(2.5)": Way(lambda: flagship(2.5), least=(300, 1), lost=0.3),
     "flagship(5)": Way(lambda: flagship(5.0), least=(600, 1), lost=0.5),
     "flagship(12)": Way(lambda: flagship(12.0), least=(1500, 1), lost=1.0),

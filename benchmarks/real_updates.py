@@ -73,8 +73,8 @@ def rows() -> list[Row]:
         Row(flagship(0.5, rank=48, candidates="low_rank"), LOW_RANK),
         *(Row(flagship(step, candidates="low_rank"), LOW_RANK) for step in (1.0, 4.0, 8.0, 16.0)),
         *(Row(flagship(step)) for step in (1.0, 4.0, 16.0)),
-        Row(chain(top_k(0.01), uniform_quantize(8)), ((0.164, 0.596),)),
-        Row(sparse_ternary(0.01), ((0.094, 0.671),)),
+        Row(chain(top_k(0.01, min_size=0), uniform_quantize(8, min_size=0)), ((0.164, 0.596),)),
+        Row(sparse_ternary(0.01, min_size=0), ((0.094, 0.671),)),
     ]
 
 

@@ -300,7 +300,7 @@ def check_codec(codec: Any, where: str) -> None:
     remedy = "pass one such as top_k(0.1)"
     if callable(codec):
         remedy = "call it, as in top_k(0.1)"
-    elif isinstance(codec, list | tuple):
+    elif isinstance(codec, list | tuple) and not hasattr(codec, "_fields"):
         remedy = "pass codecs, not a list: chain(...) makes one of several"
     raise CodecError(f"expected a codec {where}, got {reprlib.repr(codec)}; {remedy}.")
 
