@@ -155,7 +155,14 @@ def value() -> dict:
     }
 
 
-@each_codec
+@pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param(c, marks=[] if c.name in ("ans()", "zero_runs()") else [pytest.mark.slow])
+        for c in CODECS
+    ],
+    ids=lambda codec: codec.name,
+)
 def test_chains_decode_to_what_they_decode_without_the_last_stage(codec):
     quantise = uniform_quantize(5, min_size=100)
     for stages in ([quantise], [top_k(0.1, min_size=100), quantise]):

@@ -153,6 +153,9 @@ RARE = {
     uniform_quantize(1).name,
     chain(uniform_quantize(6), zero_runs()).name,
     chain(step_quantize(1.0, rounding="dither"), huffman()).name,
+    top_k(0.004).name,
+    chain(hadamard_rotation(64), rand_k(0.5), qsgd(3)).name,
+    chain(hadamard_rotation(), fixed_point(12, limit=100.0)).name,
 }
 
 

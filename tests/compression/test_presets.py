@@ -101,7 +101,10 @@ LOST = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("tff_8bit", "rotated") else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] if name in ("tff_8bit", "rotated", "flagship") else [],
+        )
         for name in PRESETS
     ],
 )
