@@ -19,9 +19,9 @@ def code_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def output_block(name: str) -> str:
-    found = re.search(rf"<!-- output: {name} -->\n(.*?)(?:\n\n|\Z)", README, flags=re.DOTALL)
-    assert found, f"no output block {name} in the README"
+def output_block(name: str, text: str = README) -> str:
+    found = re.search(rf"<!-- output: {name} -->\n(.*?)(?:\n\n|\Z)", text, flags=re.DOTALL)
+    assert found, f"no output block {name}"
     return found[1].removeprefix("```\n").removesuffix("\n```").strip()
 
 
@@ -81,6 +81,9 @@ def test_tables_of_the_readme_are_those_of_the_benchmarks(monkeypatch):
     report = module_of("peers/report", monkeypatch)
     for name in ("rounds_jax010", "rounds_jax012"):
         assert output_block(name) == report.short_table(results_of(name))
+    against_bits = module_of("accuracy_vs_bits", monkeypatch)
+    shown = output_block("accuracy_vs_bits", (ROOT / "docs" / "compression.md").read_text())
+    assert shown == against_bits.table(results_of("accuracy_vs_bits")["results"])
     simulation = module_of("simulation", monkeypatch)
     assert output_block("simulation") == simulation.table(results_of("simulation"))
 
