@@ -92,11 +92,11 @@ def check_same(wired, plain) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in CODECS if name in ("entropy", "secure", "sparse")),
+        *(name for name in CODECS if name in ("entropy", "secure")),
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in CODECS
-            if name not in ("entropy", "secure", "sparse")
+            if name not in ("entropy", "secure")
         ),
     ],
 )

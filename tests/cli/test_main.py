@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     [
         "none",
         "quantize",
-        "top_k_quantize",
+        pytest.param("top_k_quantize", marks=pytest.mark.slow),
         "secure",
         *(
             pytest.param(name, marks=pytest.mark.slow)
@@ -118,7 +118,14 @@ def test_every_uplink_trains(tmp_path, uplink):
     assert sent == raw if uplink == "none" else sent < raw / 2
 
 
-@pytest.mark.parametrize("downlink", ["anchored", "replica", "dense_8bit"])
+@pytest.mark.parametrize(
+    "downlink",
+    [
+        "replica",
+        pytest.param("anchored", marks=pytest.mark.slow),
+        pytest.param("dense_8bit", marks=pytest.mark.slow),
+    ],
+)
 def test_every_downlink_trains(tmp_path, downlink):
     assert train(tmp_path, "--downlink", downlink, "--model", "linear") == 0
     row = rows(tmp_path)[-1]

@@ -34,7 +34,15 @@ KEYS = Keys(jax.random.key(0), jax.random.key(1))
 CODECS = [elias_gamma(), elias_delta(), rice(), rice(2), zero_runs(), huffman(), ans()]
 SIZES = (1, 2, 3, 4095, 4096, 4097)
 
-each_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+# Others of the same family are in the quick tests.
+RARE = {elias_delta().name, rice(2).name, huffman().name}
+each_codec = pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param(codec, marks=[pytest.mark.slow] if codec.name in RARE else [], id=codec.name)
+        for codec in CODECS
+    ],
+)
 
 
 def symbols(codes: np.ndarray, width: int) -> Symbols:
@@ -155,14 +163,7 @@ def value() -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    "codec",
-    [
-        pytest.param(c, marks=[] if c.name in ("ans()", "zero_runs()") else [pytest.mark.slow])
-        for c in CODECS
-    ],
-    ids=lambda codec: codec.name,
-)
+@each_codec
 def test_chains_decode_to_what_they_decode_without_the_last_stage(codec):
     quantise = uniform_quantize(5, min_size=100)
     for stages in ([quantise], [top_k(0.1, min_size=100), quantise]):

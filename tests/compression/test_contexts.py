@@ -54,7 +54,7 @@ def test_sizes_are_exact(shape, kind):
     written(classified([jnp.asarray(matrix(rng, shape, kind))]))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_matrices_share_their_contexts(kinds, seed):
     rng, shapes = np.random.default_rng(seed), ((20, 30), (50, 4), (7, 9))

@@ -153,7 +153,10 @@ RARE = {
     uniform_quantize(1).name,
     chain(uniform_quantize(6), zero_runs()).name,
     chain(step_quantize(1.0, rounding="dither"), huffman()).name,
+    flagship(0.5).name,
+    chain(step_quantize(1.0, correction="centroids", dead_zone=0.1), ans()).name,
     top_k(0.004).name,
+    chain(top_k(0.1), uniform_quantize(8), ans()).name,
     chain(hadamard_rotation(64), rand_k(0.5), qsgd(3)).name,
     chain(hadamard_rotation(), fixed_point(12, limit=100.0)).name,
 }

@@ -83,7 +83,10 @@ CODECS = {
 }
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "both" else [pytest.mark.slow]) for name in CODECS],
+)
 def test_the_device_counts_what_the_host_writes(name):
     codec, value = CODECS[name], update()
     message, bits, received = send(codec, value)

@@ -70,7 +70,20 @@ CODECS = {
         for code in (huffman(), rice(), elias_gamma(), zero_runs())
     },
 }
-each_codec = pytest.mark.parametrize("name", CODECS)
+# Their bytes are those of a family whose frames the quick tests try too.
+RARE = {
+    "flagship",
+    "tff_8bit",
+    "eden",
+    "threshold",
+    huffman().name,
+    rice().name,
+    elias_gamma().name,
+}
+each_codec = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in RARE else []) for name in CODECS],
+)
 
 
 @each_codec

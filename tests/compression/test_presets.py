@@ -103,7 +103,9 @@ LOST = {
     [
         pytest.param(
             name,
-            marks=[pytest.mark.slow] if name in ("tff_8bit", "rotated", "flagship") else [],
+            marks=[pytest.mark.slow]
+            if name in ("tff_8bit", "rotated", "flagship", "sparse")
+            else [],
         )
         for name in PRESETS
     ],

@@ -147,7 +147,7 @@ def contents(size: int, width: int) -> list[np.ndarray]:
 
 
 @each_code
-@pytest.mark.parametrize("width", [5, 9, 20])
+@pytest.mark.parametrize("width", [5, pytest.param(9, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("size", [1, 2, 3, 4095, 4097])
 def test_device_bits_are_those_of_the_bytes(code, size, width):
     for numbers in contents(size, width):

@@ -24,8 +24,8 @@ def entropy(x: jax.Array, codec) -> float:
 @pytest.mark.parametrize(
     ("step", "bits", "error"),
     [
-        (0.5, 3.06197, 0.020408),
-        (1, 2.10483, 0.076915),
+        pytest.param(0.5, 3.06197, 0.020408, marks=pytest.mark.slow),
+        pytest.param(1, 2.10483, 0.076915, marks=pytest.mark.slow),
         (2, 1.24120, 0.253507),
         (4, 0.31247, 0.743736),
     ],

@@ -138,6 +138,7 @@ def test_bounds_leave_values_of_the_dtype():
         define(lambda x: fc.federated_secure_sum(x, 300, min_input=200), int8)
 
 
+@pytest.mark.slow
 def test_dead_computations_take_their_arrays_with_them():
     """A captured array is not kept alive by a cache of compiled functions of ours."""
 

@@ -73,7 +73,7 @@ def batching(size, drop_remainder):
 
 
 @given(rows=examples, layout=st.sampled_from(LAYOUTS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_methods_agree_with_loops(rows, layout):
     x, n = [row[0] for row in rows], [row[1] for row in rows]
     total = 0.0
