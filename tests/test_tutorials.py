@@ -23,8 +23,17 @@ BLOCK = re.compile(r"```python\n(?P<code>.*?)```(?:\n\n```text\n(?P<shown>.*?)``
 NUMBER = re.compile(r"(-?\d+\.\d+)")
 
 
-# The tests of one in one process, which executes it once.
-GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES]
+# The tests of one in one process, which executes it once; long ones train for a minute or so.
+LONG = ("compression", "simulation")
+
+
+def marks(name: str) -> list:
+    """Those of the tests of one tutorial."""
+    group = pytest.mark.xdist_group(name)
+    return [group, pytest.mark.slow] if name in LONG else [group]
+
+
+GROUPED = [pytest.param(name, marks=marks(name)) for name in NAMES]
 
 
 class Block(NamedTuple):

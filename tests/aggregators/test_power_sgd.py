@@ -89,6 +89,7 @@ def algorithm(aggregator, **execution):
     )
 
 
+@pytest.mark.slow
 def test_errors_telescope_and_absent_clients_keep_theirs():
     """With equal weights: the sum of all means is that of all values but for what is left."""
     data = regression(5)

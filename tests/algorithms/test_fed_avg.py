@@ -181,7 +181,9 @@ def test_client_that_is_empty_not_finite_or_not_weighted_counts_for_nothing() ->
     assert int(rows_up["metrics"]) == 2 * int(alone_metrics.communication.aggregate["metrics"])
 
 
-@pytest.mark.parametrize("weight", [-1.0, 0.0, np.nan, np.inf])
+@pytest.mark.parametrize(
+    "weight", [-1.0, 0.0, np.nan, pytest.param(np.inf, marks=pytest.mark.slow)]
+)
 def test_client_with_such_a_weight_counts_for_nothing(weight: float) -> None:
     """A weighting that fails for client A leaves the round to client B."""
 
@@ -358,6 +360,7 @@ def test_rounds_of_one_shape_compile_once() -> None:
     assert traces == before
 
 
+@pytest.mark.slow
 def test_uniform_weights_average_clients_not_examples() -> None:
     """With weights of one, 12 examples of A count as much as 4 of B."""
     data = regression_data(A=rows(12, (1, 0), 1.0))

@@ -101,13 +101,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     "uplink",
     [
         "none",
-        "quantize",
-        pytest.param("top_k_quantize", marks=pytest.mark.slow),
-        "secure",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("top_k", *PRESETS)
-            if name != "secure"
+            for name in ("quantize", "top_k", "top_k_quantize", *PRESETS)
         ),
     ],
 )
@@ -298,6 +294,7 @@ def test_a_run_that_was_tuned_is_repeated_with_the_same_bits(tmp_path, capsys):
     assert first == second
 
 
+@pytest.mark.slow
 def test_without_a_choice_what_is_automatic_is_written(tmp_path):
     assert train(tmp_path) == 0
     record = json.loads((tmp_path / "execution.json").read_text())

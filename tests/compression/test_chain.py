@@ -94,6 +94,7 @@ def test_bits_of_a_sparse_cnn():
     assert int(jax.jit(codec.bits)(message)) == positions + symbols + 2 * 64 + 32 * 6_538
 
 
+@pytest.mark.slow
 def test_sizes_are_judged_on_the_original_tensor():
     """3 survivors of 300 elements are quantised above 100, though they are but 3."""
     codec = chain(top_k(0.01, min_size=100), uniform_quantize(4, min_size=100))

@@ -54,6 +54,7 @@ def test_sizes_are_exact(shape, kind):
     written(classified([jnp.asarray(matrix(rng, shape, kind))]))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(kinds=st.lists(st.sampled_from(KINDS), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_matrices_share_their_contexts(kinds, seed):

@@ -129,6 +129,7 @@ def test_a_client_rebuilds_the_value_from_the_seed_and_the_bytes(codec):
     same(client(KEY, from_bytes(codec, sent[0], like=like)), received.value)
 
 
+@pytest.mark.slow
 def test_small_steps_of_an_anchored_codec_give_the_value():
     """Reference case 37."""
     value, errors = moved(initialize(KEY), 1), []
@@ -194,6 +195,7 @@ def test_a_round_counts_both():
     assert all("catch_up" not in m for m in metrics)
 
 
+@pytest.mark.slow
 def test_with_the_identity_nothing_changes():
     plain, _ = rounds(None, COHORTS)
     for wrap in (anchored, replica):

@@ -107,6 +107,7 @@ def test_what_is_received_is_as_long_as_the_value_in_its_direction(name):
     assert aligned == pytest.approx(squares(value), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_small_steps_lose_little():
     value = update(names=FEW)
     for codec, limit in ((flagship(0.01, candidates="direct"), 1e-5), (flagship(0.1), 0.02)):
@@ -220,6 +221,7 @@ def rounds(codec, num_rounds: int):
     return history
 
 
+@pytest.mark.slow
 def test_the_ledger_of_earlier_rounds_chooses():
     """Each way is tried once; then the one that costs less is taken, as `both` would find it."""
     rng = np.random.default_rng(0)
@@ -250,13 +252,14 @@ def test_the_ledger_of_earlier_rounds_chooses():
     assert 8 * len(data) == sizes[-1]
 
 
-@pytest.mark.parametrize("bits", [0.15, 0.6])
+@pytest.mark.parametrize("bits", [0.15, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_a_rate_is_held(bits):
     history = rounds(flagship(target_rate(bits, start=0.3)), 11)
     assert history[-1][0] == pytest.approx(bits, rel=0.1)
     assert abs(history[0][0] / bits - 1) > 0.1
 
 
+@pytest.mark.slow
 def test_an_error_is_held():
     history = rounds(flagship(target_error(0.2)), 11)
     assert history[-1][1] == pytest.approx(0.2, rel=0.1)

@@ -49,6 +49,7 @@ def test_rounded_factors_cost_a_twelfth_of_a_squared_step(shape, rank):
     assert error == pytest.approx(rank * sum(shape) / 12, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_update_of_a_dense_layer_from_one_batch_has_the_rank_of_the_batch():
     """Reference case 31."""
     model = fc.models.two_nn()

@@ -102,6 +102,7 @@ def test_symbols_of_the_extremes_fit_their_width():
     np.testing.assert_allclose(codec.decode(keys, (), message), x, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_only_large_symbols_need_costs_nothing_once_coded(source):
     """Widths are for the worst case; an entropy code pays for what occurs."""
     codec, keys = chain(step_quantize(1.0), ans()), Keys(jax.random.key(0), jax.random.key(1))

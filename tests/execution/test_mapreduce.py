@@ -350,7 +350,7 @@ def drive(pieces: Any, num_stages: int, server: Any, clients: list[Any]) -> Any:
     return pieces("update")(server, *reports), kept
 
 
-@pytest.mark.parametrize("name", ["coded", "three_trips"])
+@pytest.mark.parametrize("name", ["coded", pytest.param("three_trips", marks=pytest.mark.slow)])
 def test_pieces_are_exported_one_by_one(name, tmp_path):
     """Driven from files, they compute the same; for three platforms, sequences of any length."""
     form(name).export(tmp_path)

@@ -22,7 +22,7 @@ from fedjax_core.compression.edges import PlacedKeys, downlink, uplink
 from fedjax_core.execution.config import HOST_DRIVEN
 
 # How many programs are drawn.
-NUM_PROGRAMS = int(os.environ.get("FEDJAX_CORE_NUM_PROGRAMS", "8"))
+NUM_PROGRAMS = int(os.environ.get("FEDJAX_CORE_NUM_PROGRAMS", "6"))
 SIZE = 5
 KEY = fc.infer_type(jax.random.key(0))
 STACKED = fc.Execution(mode="stacked")

@@ -63,7 +63,9 @@ def whole():
     return algorithm, state, expected
 
 
-@pytest.mark.parametrize(("at", "done"), [(0, 3), (4, 6), (8, 9)])
+@pytest.mark.parametrize(
+    ("at", "done"), [pytest.param(0, 3, marks=pytest.mark.slow), (4, 6), (8, 9)]
+)
 def test_a_run_ends_after_the_dispatch_in_progress(whole, at, done):
     algorithm, state, (expected, metrics) = whole
     data = dataset()
@@ -142,7 +144,7 @@ fc.save(sys.argv[3], state)
 """
 
 
-@pytest.mark.parametrize("how", ["run", "train"])
+@pytest.mark.parametrize("how", [pytest.param("run", marks=pytest.mark.slow), "train"])
 def test_control_c_at_a_real_process(whole, tmp_path, how):
     """SIGINT somewhere in the middle; the state that it saved is that of as many rounds."""
     algorithm, state, _ = whole

@@ -63,7 +63,7 @@ def plain(dataset):
 
 
 @pytest.mark.parametrize("is_resident", [False, True])
-@pytest.mark.parametrize("rounds_per_dispatch", [None, 1, 3])
+@pytest.mark.parametrize("rounds_per_dispatch", [None, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_same_bits_as_round_by_round(dataset, plain, is_resident, rounds_per_dispatch):
     algorithm, state, expected = plain
     sampler = sampling.uniform(dataset, 4, seed=3)
@@ -77,6 +77,7 @@ def test_the_same_bits_as_round_by_round(dataset, plain, is_resident, rounds_per
     check_same_bits(found, expected)
 
 
+@pytest.mark.slow
 def test_the_same_bits_with_convolutions(dataset):
     algorithm = make(models.emnist_cnn())
     sampler = sampling.uniform(dataset, 2, seed=3)

@@ -173,6 +173,7 @@ def test_metrics_read_the_named_label():
     assert float(mean.result()) == pytest.approx(1.1711007, rel=1e-6)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12), st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_grouping_of_examples_gives_one_result(examples, data):

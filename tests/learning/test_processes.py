@@ -162,7 +162,9 @@ def test_what_is_compared_are_the_symbols(on_one_device):
         check_sent(Sent([others], [step], params), on_one_device)
 
 
-@pytest.mark.parametrize(("lanes", "is_spread"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("lanes", "is_spread"), [pytest.param(1, False, marks=pytest.mark.slow), (2, True)]
+)
 def test_symbols_on_four_devices(on_one_device, lanes, is_spread):
     execution = fc.Execution(mesh=jax.make_mesh((4,), ("clients",)), lanes=lanes)
     cohort = make_dataset().cohort(CLIENTS)

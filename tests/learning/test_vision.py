@@ -128,6 +128,7 @@ def test_images_may_be_stored_in_any_of_the_usual_ways():
         np.testing.assert_allclose(first, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cnn_ignores_padding_of_floats():
     model = emnist_cnn()
     variables = model.init(KEY)
