@@ -35,7 +35,7 @@ def rows(report, direction: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("codec", "update", "printed"),
     [
-        (None, RAW, "507.62Mibit"),
+        pytest.param(None, RAW, "507.62Mibit", marks=pytest.mark.slow),
         (fc.compression.uniform_quantize(8), QUANTISED, "128.40Mibit"),
     ],
     ids=["raw", "8 bit"],

@@ -79,6 +79,7 @@ def messages(lanes: int):
     return result.value
 
 
+@pytest.mark.slow
 def test_quantised_symbols_hardly_depend_on_lanes() -> None:
     """Another order of summation may flip a rounding: at most 1e-4 of the symbols."""
 

@@ -35,7 +35,7 @@ CODECS = [elias_gamma(), elias_delta(), rice(), rice(2), zero_runs(), huffman(),
 SIZES = (1, 2, 3, 4095, 4096, 4097)
 
 # Others of the same family are in the quick tests.
-RARE = {elias_delta().name, rice(2).name, huffman().name}
+RARE = {elias_delta().name, rice(2).name, huffman().name, zero_runs().name}
 each_codec = pytest.mark.parametrize(
     "codec",
     [

@@ -12,7 +12,9 @@ LOSSES = {1: 0.363380, 2: 0.117482, 3: 0.034548, 4: 0.009501}
 
 
 @pytest.mark.parametrize("name", ["normal", "laplace", "student"])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "bits", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
 def test_error_of_any_source(bits, name, lost, source):
     """Reference case 22, within its 3 %: over four standard errors.
 

@@ -99,7 +99,14 @@ def test_the_device_counts_what_the_host_writes(name):
     assert 8 * len(data) < 2 * sum(x.size for x in value.values())
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "low_rank",
+        pytest.param("direct", marks=pytest.mark.slow),
+        pytest.param("both", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_received_is_as_long_as_the_value_in_its_direction(name):
     value = update()
     _, _, received = send(CODECS[name], value)

@@ -73,6 +73,7 @@ CODECS = {
 # Their bytes are those of a family whose frames the quick tests try too.
 RARE = {
     "flagship",
+    "rotated",
     "tff_8bit",
     "eden",
     "threshold",

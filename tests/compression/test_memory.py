@@ -77,7 +77,9 @@ def test_with_the_identity_it_is_gradient_descent():
 
 
 @pytest.mark.parametrize(
-    "codec", [top_k(0.34, min_size=0), scaled_sign(min_size=0)], ids=lambda c: c.name
+    "codec",
+    [top_k(0.34, min_size=0), pytest.param(scaled_sign(min_size=0), marks=pytest.mark.slow)],
+    ids=lambda c: c.name,
 )
 def test_it_converges_where_the_bare_codec_does_not(codec):
     """Heterogeneous quadratics: the messages of what no longer changes vanish."""

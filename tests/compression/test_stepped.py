@@ -42,7 +42,17 @@ def test_middle_of_the_step_loses_a_twelfth(lost, source):
     assert lost(step_quantize(1.0), source("normal", SIZE)) == pytest.approx(1 / 12, rel=0.01)
 
 
-@pytest.mark.parametrize("step", [0.05, 0.3, 1.0, 1.7, 3.0, 4.0])
+@pytest.mark.parametrize(
+    "step",
+    [
+        0.05,
+        pytest.param(0.3, marks=pytest.mark.slow),
+        1.0,
+        pytest.param(1.7, marks=pytest.mark.slow),
+        pytest.param(3.0, marks=pytest.mark.slow),
+        4.0,
+    ],
+)
 def test_a_quarter_of_a_bit_above_what_is_possible(step, lost, source):
     """Reference case 35: the excess over the rate-distortion function of a Gaussian."""
     codec, x = step_quantize(step, correction="centroids"), source("normal", SIZE)

@@ -214,7 +214,7 @@ def assert_same(got: Any, expected: Any) -> None:
             assert np.asarray(a).dtype == np.asarray(b).dtype
 
 
-@pytest.mark.parametrize("num_clients", [0, 5])
+@pytest.mark.parametrize("num_clients", [pytest.param(0, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_is_loaded_equals_the_stacked_lowering(name, num_clients, exported):
     """Values and bits, with a cohort size that was open when it was exported; and with nobody."""
@@ -293,7 +293,10 @@ def test_sequences_of_a_fixed_capacity(tmp_path):
         jax.jit(loaded)(fc.Federated(eight, fc.CLIENTS))
 
 
-@pytest.mark.parametrize("num_clients", [1, 4, 6])
+@pytest.mark.parametrize(
+    "num_clients",
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 6],
+)
 def test_waves_of_several_lanes(num_clients, tmp_path):
     """Cohorts that do not fill the last wave are padded with clients that do not exist."""
     export(computation("two_trips"), tmp_path / "lanes", lanes=4, platforms=("cpu",))

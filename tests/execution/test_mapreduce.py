@@ -162,7 +162,7 @@ def ints(ledger: Any) -> list[int]:
     return list(map(int, ledger))
 
 
-@pytest.mark.parametrize("num_clients", [0, 5])
+@pytest.mark.parametrize("num_clients", [pytest.param(0, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_host_loop_equals_the_stacked_lowering(name, num_clients):
     """Values and bits; groups of two, so that accumulators are merged."""

@@ -612,7 +612,9 @@ def test_rounds_of_fed_avg(mesh):
         assert bits[0] == bits[1]
 
 
-@auto_or_explicit
+@pytest.mark.parametrize(
+    "mesh", [AUTO, pytest.param(EXPLICIT, marks=pytest.mark.slow)], ids=["auto", "explicit"]
+)
 @pytest.mark.parametrize("bits", [None, 8], ids=["raw", "8 bit"])
 @pytest.mark.parametrize("is_spread", [False, True], ids=["whole", "spread"])
 def test_a_round_trip_of_fed_avg_is_one_all_reduce(mesh, bits, is_spread):

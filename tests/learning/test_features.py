@@ -123,6 +123,7 @@ def filled_by_hand(rows, mask):
     ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.booleans(), min_size=1, max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_padding_is_filled_with_kept_rows(mask):

@@ -64,7 +64,12 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    ("at", "done"), [pytest.param(0, 3, marks=pytest.mark.slow), (4, 6), (8, 9)]
+    ("at", "done"),
+    [
+        pytest.param(0, 3, marks=pytest.mark.slow),
+        (4, 6),
+        pytest.param(8, 9, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_ends_after_the_dispatch_in_progress(whole, at, done):
     algorithm, state, (expected, metrics) = whole

@@ -95,7 +95,7 @@ def test_two_nn_by_hand():
     np.testing.assert_allclose(model.predict(variables, {"image": images(3)}), hidden, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [emnist_cnn, linear, two_nn])
+@pytest.mark.parametrize("make", [pytest.param(emnist_cnn, marks=pytest.mark.slow), linear, two_nn])
 def test_all_zero_parameters_give_the_loss_of_guessing(make):
     model = make()
     zeros = jax.tree.map(jnp.zeros_like, model.init(KEY))
@@ -105,7 +105,14 @@ def test_all_zero_parameters_give_the_loss_of_guessing(make):
     assert float(stats["accuracy"].result()) == 0.25
 
 
-@pytest.mark.parametrize("make", [emnist_cnn, linear, two_nn])
+@pytest.mark.parametrize(
+    "make",
+    [
+        emnist_cnn,
+        pytest.param(linear, marks=pytest.mark.slow),
+        pytest.param(two_nn, marks=pytest.mark.slow),
+    ],
+)
 def test_initial_loss_is_near_that_of_guessing(make):
     model = make()
     batch = {"image": images(20), "label": np.arange(20) % 10}
