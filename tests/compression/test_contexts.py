@@ -48,7 +48,15 @@ KINDS = ("zeros", "one", "constant", "sparse", "rows", "large")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (33, 65)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 1), marks=pytest.mark.slow),
+        (1, 40),
+        pytest.param((40, 1), marks=pytest.mark.slow),
+        (33, 65),
+    ],
+)
 def test_sizes_are_exact(shape, kind):
     rng = np.random.default_rng(0)
     written(classified([jnp.asarray(matrix(rng, shape, kind))]))

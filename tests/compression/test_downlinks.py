@@ -110,7 +110,11 @@ def same(a, b) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("codec", [DIRECT, uniform_quantize(8, min_size=0)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "codec",
+    [pytest.param(DIRECT, marks=pytest.mark.slow), uniform_quantize(8, min_size=0)],
+    ids=lambda c: c.name,
+)
 def test_a_client_rebuilds_the_value_from_the_seed_and_the_bytes(codec):
     """Reference case 37: bit for bit what the clients of the round have."""
     sent = []

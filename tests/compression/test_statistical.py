@@ -148,7 +148,16 @@ def contents(size: int, width: int) -> list[np.ndarray]:
 
 @each_code
 @pytest.mark.parametrize("width", [5, pytest.param(9, marks=pytest.mark.slow), 20])
-@pytest.mark.parametrize("size", [1, 2, 3, 4095, 4097])
+@pytest.mark.parametrize(
+    "size",
+    [
+        1,
+        pytest.param(2, marks=pytest.mark.slow),
+        3,
+        pytest.param(4095, marks=pytest.mark.slow),
+        4097,
+    ],
+)
 def test_device_bits_are_those_of_the_bytes(code, size, width):
     for numbers in contents(size, width):
         check_round_trip(code, numbers, width)

@@ -131,7 +131,10 @@ def test_case_9_rice_of_geometric_gaps(probability, parameter, mean):
     assert mean == pytest.approx(parameter + 1 + survival / (1 - survival), abs=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 8, 17, 31])
+@pytest.mark.parametrize(
+    "width",
+    [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(17, marks=pytest.mark.slow), 31],
+)
 def test_rice_totals_are_exact(width):
     numbers = np.random.default_rng(width).integers(0, 1 << width, 1001)
     totals = lengths.rice_totals(jnp.asarray(numbers, jnp.uint32), width)

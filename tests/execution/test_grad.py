@@ -36,7 +36,8 @@ every_mode = pytest.mark.parametrize(
     [
         fc.Execution(mode="reference"),
         fc.Execution(mode="stacked"),
-        *(fc.Execution(lanes=lanes) for lanes in (1, 2, 3)),
+        fc.Execution(lanes=2),
+        *(pytest.param(fc.Execution(lanes=lanes), marks=pytest.mark.slow) for lanes in (1, 3)),
     ],
     ids=lambda e: f"{e.mode}-{e.lanes}",
 )
@@ -424,7 +425,10 @@ def plain_scanned(w, data):
     return total / len(data)
 
 
-@pytest.mark.parametrize("longest", [1, 2, 3, 9])
+@pytest.mark.parametrize(
+    "longest",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 9],
+)
 def test_sequences_of_several_capacities(longest):
     """What the backward pass keeps has the capacity's shape; maps are traced again for each."""
     data = [list(np.linspace(0, 1, n).astype(F32)) for n in (longest, 1, 0)]

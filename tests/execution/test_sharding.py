@@ -205,7 +205,7 @@ def test_violations_of_secure_sums_are_counted():
 
 
 @auto_or_explicit
-@pytest.mark.parametrize("num_clients", [0, 5, 8])
+@pytest.mark.parametrize("num_clients", [0, 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_collect_and_select(mesh, num_clients):
     """The server sees the clients' values in their order; clients get rows of its table."""
     keys = fc.FederatedType((np.int32, [2]), fc.CLIENTS)
@@ -395,7 +395,7 @@ def test_captured_arrays_on_a_mesh_with_explicit_axes():
 
 
 @auto_or_explicit
-@pytest.mark.parametrize("num_clients", [3, 4])
+@pytest.mark.parametrize("num_clients", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_jitted", [False, True], ids=["eager", "jit"])
 def test_gradients(mesh, num_clients, is_jitted):
     """J-55 with other numbers: d/ds of mean((s x)^2) = 2 s mean(x^2); no NaN from the padding."""

@@ -22,7 +22,11 @@ def mean(x):
 
 compiled_mode = pytest.mark.parametrize(
     "execution",
-    [fc.Execution(mode="stacked"), *(fc.Execution(lanes=lanes) for lanes in (1, 2, 5))],
+    [
+        fc.Execution(mode="stacked"),
+        fc.Execution(lanes=2),
+        *(pytest.param(fc.Execution(lanes=lanes), marks=pytest.mark.slow) for lanes in (1, 5)),
+    ],
     ids=lambda e: f"{e.mode}-{e.lanes}",
 )
 

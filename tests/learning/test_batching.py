@@ -42,7 +42,7 @@ def test_last_batch_is_masked(lengths, batch_size, last):
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-@pytest.mark.parametrize("is_partitionable", [True, False])
+@pytest.mark.parametrize("is_partitionable", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_order_is_a_function_of_key_and_length_alone(impl, is_partitionable):
     """Neither the capacity nor the place in the pool changes it; another key does."""
     with jax.threefry_partitionable(is_partitionable):

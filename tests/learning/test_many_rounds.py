@@ -140,6 +140,7 @@ def test_rounds_that_the_state_cannot_count(dataset, plain):
         algorithm.run(late, dataset, sampling.uniform(dataset, 2), num_rounds=2)
 
 
+@pytest.mark.slow
 def test_cohorts_of_different_sizes(dataset):
     algorithm = make()
     sampler = lambda r: [f"client {k}" for k in range(1 + r % 3)]  # noqa: E731
