@@ -1,4 +1,4 @@
-"""Symbols of matrices in one code: what an element is likely to be follows from its row and column.
+"""What an element of a matrix of symbols is likely to be, from its row and its column.
 
 The updates of networks are uneven: whole rows are zero (pixels that are never lit, units that are
 never active), and columns differ by orders of magnitude. So each row of a matrix is in one of four
@@ -8,9 +8,15 @@ classes by its mean magnitude, each column in one of 32, and together they name 
 
 In each context a symbol is the answers to up to 15 questions, each with a probability that is sent:
 is it not zero; is its magnitude above 1; is it above 2, 3, ... 14 (these share one probability).
-Signs are bits as they are, and so is what a magnitude has above 14, in Elias gamma. All answers of
-a message go through one coder, by asymmetric numeral systems; its size follows from how often each
-answer is given, which is counted on the device by small matrix products.
+
+Rows resemble each other at a distance, the period: what a feature map says of one place, it says of
+the next one. So the class of a row is answers too, whose probabilities follow from the class of the
+row one period above. Columns lean to one side: what comes out of a ReLU is never negative, and
+neither, up to one sign, are most singular vectors of such rows. So signs have a probability in each
+column in which they are uneven; elsewhere they are bits as they are, and so is what a magnitude has
+above 14, in Elias gamma.
+
+How often each answer is given is counted on the device, by small products of matrices.
 
 References:
   Marpe, Schwarz, Wiegand. Context-based adaptive binary arithmetic coding in the H.264/AVC video
@@ -19,220 +25,124 @@ References:
 
   Wiedemann et al. DeepCABAC: a universal compression algorithm for deep neural networks. IEEE
   Journal of Selected Topics in Signal Processing 14(4), 2020, arXiv:1907.11900.
-
-  Duda. Asymmetric numeral systems: entropy coding combining speed of Huffman coding with
-  compression rate of arithmetic coding. 2013, arXiv:1311.2540.
 """
 
 import dataclasses
-import functools
-import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedjax_core.bits import BitCount
-from fedjax_core.compression import questions, rans
-from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
-from fedjax_core.compression.coding import Coded
-from fedjax_core.compression.frequencies import information, whole_bits
-from fedjax_core.compression.lengths import gamma_lengths, total
-from fedjax_core.compression.questions import ESCAPE, LEVEL_BITS, NUM_QUESTIONS
-from fedjax_core.compression.statistical import Ans
-from fedjax_core.compression.wire import Packed, Symbols, take
-from fedjax_core.errors import CodecError
+from fedjax_core.compression.questions import (
+    ESCAPE,
+    LEVEL_BITS,
+    MIDDLE,
+    NO_ROW,
+    NUM_QUESTIONS,
+    UPPER,
+    nearest_level,
+)
 
-_ROW_BITS, _COLUMN_BITS = 2, 5
-_NUM_ROW_CLASSES, _NUM_COLUMN_CLASSES = 1 << _ROW_BITS, 1 << _COLUMN_BITS
-_ROW_STEP = 4  # two octaves, in half octaves
+ROW_BITS, COLUMN_BITS = 2, 5
+NUM_ROW_CLASSES, NUM_COLUMN_CLASSES = 1 << ROW_BITS, 1 << COLUMN_BITS
+ROW_STEP = 4  # two octaves, in half octaves
 # Rows and columns of class 0 hold zeros only, and have no context.
-NUM_CONTEXTS = _NUM_COLUMN_CLASSES - 1 + _ROW_STEP * (_NUM_ROW_CLASSES - 2)
+NUM_CONTEXTS = NUM_COLUMN_CLASSES - 1 + ROW_STEP * (NUM_ROW_CLASSES - 2)
+# Contexts of a row's class.
+NUM_ABOVE = NO_ROW + 1
+PERIOD_BITS = 12
+SHORTEST_PERIOD = 16
 # The column class of a mean magnitude of 1.
 _ONE = 21
 # Below this, float32 counts exactly.
 _EXACT = 1 << 24
-_NUM_BYTES_SIZE = 4
+# A period of rows that do not repeat saves some bits by chance.
+_CHANCE_BITS = 32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plane:
-    """A matrix of symbols, with the classes of its rows and columns.
+    """A matrix of symbols, with what its contexts follow from.
 
     Attributes:
       codes: int32 ``[m, n]``, magnitudes below 2**30.
       rows: uint8 ``[m]``, 0 to 3; 0 only for rows of zeros.
       columns: uint8 ``[n]``, 0 to 31; 0 only for columns of zeros.
+      period: int32, rows between a row and the one above it; 0 for none.
+      signs: uint8 ``[n]``, the level of the probability of a negative sign; 0 for bits as they are.
     """
 
     codes: Any
     rows: Any
     columns: Any
+    period: Any
+    signs: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Planes(Packed):
-    """Matrices of symbols that share the probabilities of their contexts.
-
-    Attributes:
-      planes: one at least.
-      levels: uint8 ``[contexts, questions]``, below 64: the probabilities of the answer yes.
-    """
-
-    planes: tuple[Plane, ...]
-    levels: Any
-
-    @property
-    def num_elements(self) -> int:
-        """See `Packed`."""
-        return sum(math.prod(plane.codes.shape) for plane in self.planes)
-
-    def count(self) -> BitCount:
-        """See `Packed`."""
-        answers = _sum([_answers(plane) for plane in self.planes])
-        num_used = jnp.sum(jnp.sum(answers[0], axis=0) > 0, dtype=jnp.uint32)
-        table = _count(num_used).times(NUM_QUESTIONS * LEVEL_BITS) + BitCount.of(NUM_CONTEXTS)
-        state = _ideal(answers, jnp.asarray(self.levels)) + BitCount.of(rans.STATE_BITS)
-        state = jax.tree.map(lambda word: jnp.where(num_used > 0, word, 0), state)
-        extra = _count(jnp.sum(answers[0, 1], dtype=jnp.uint32))
-        for plane in self.planes:
-            extra = extra + _escaped_bits(plane.codes)
-        parts = [table.whole_bytes(), state.whole_bytes(), extra.whole_bytes()]
-        classes = [leaf.count() for plane in self.planes for leaf in _classes(plane)]
-        return sum([*classes, *parts], BitCount.of(8 * (_NUM_BYTES_SIZE + 1)))
-
-    def to_bytes(self) -> bytes:
-        """See `Packed`."""
-        planes = [jax.tree.map(np.asarray, plane) for plane in self.planes]
-        elements = [_coded_elements(plane) for plane in planes]
-        contexts, codes = (np.concatenate(parts) for parts in zip(*elements, strict=True))
-        magnitudes, levels = np.abs(codes), np.asarray(self.levels)
-        used = np.bincount(contexts, minlength=NUM_CONTEXTS) > 0
-        table = BitWriter()
-        table.integers(used, 1)
-        table.integers(levels[used].ravel(), LEVEL_BITS)
-        order, state = questions.encode(contexts, magnitudes, levels, self._state_bytes(planes))
-        extra = BitWriter()
-        extra.integers(codes[codes != 0] < 0, 1)
-        questions.write_escaped(extra, magnitudes)
-        head = len(state).to_bytes(_NUM_BYTES_SIZE, "little") + bytes([order])
-        classes = b"".join(leaf.to_bytes() for plane in planes for leaf in _classes(plane))
-        return b"".join([classes, table.to_bytes(), head, state, extra.to_bytes()])
-
-    def from_bytes(self, data: memoryview) -> tuple[Self, int]:
-        """See `Packed`."""
-        planes, begin = [], 0
-        for plane in self.planes:
-            read = []
-            for leaf in _classes(plane):
-                found, used = leaf.from_bytes(data[begin:])
-                read.append(np.asarray(found.symbols.codes))
-                begin += used
-            planes.append(dataclasses.replace(plane, rows=read[0], columns=read[1]))
-        found = [_contexts(plane) for plane in planes]
-        contexts = np.concatenate([x.ravel()[x.ravel() >= 0] for x in found])
-        table = BitReader(data[begin:])
-        used = table.integers(NUM_CONTEXTS, 1) > 0
-        if np.any(used != (np.bincount(contexts, minlength=NUM_CONTEXTS) > 0)):
-            raise altered("a table of the contexts that occur")
-        levels = np.zeros((NUM_CONTEXTS, NUM_QUESTIONS), np.uint8)
-        numbers = table.integers(NUM_QUESTIONS * int(used.sum()), LEVEL_BITS)
-        levels[used] = numbers.reshape(-1, NUM_QUESTIONS)
-        begin += table.finish()
-        head = take(data[begin:], _NUM_BYTES_SIZE + 1)
-        num_bytes, order = int.from_bytes(head[:_NUM_BYTES_SIZE], "little"), head[-1]
-        begin += len(head)
-        state = bytes(take(data[begin:], num_bytes))
-        magnitudes = questions.decode(contexts, levels, state, order)
-        begin += num_bytes
-        extra = BitReader(data[begin:])
-        signs = extra.integers(int(np.count_nonzero(magnitudes)), 1).astype(np.int64)
-        magnitudes = questions.read_escaped(extra, magnitudes)
-        codes = magnitudes
-        codes[magnitudes > 0] *= 1 - 2 * signs
-        begin += extra.finish()
-        ends = np.cumsum([np.count_nonzero(x >= 0) for x in found])
-        filled = []
-        for plane, own, part in zip(planes, found, np.split(codes, ends[:-1]), strict=True):
-            matrix = np.zeros(own.shape, np.int32)
-            matrix[own >= 0] = part
-            filled.append(dataclasses.replace(plane, codes=matrix))
-        result = dataclasses.replace(self, planes=tuple(filled), levels=levels)
-        if result._state_bytes(filled) != num_bytes:
-            raise altered("as many bytes as the answers take")
-        return result, begin
-
-    def _state_bytes(self, planes: list[Plane]) -> int:
-        """The size of the coder's state."""
-        ideal, num_coded = _measured(tuple(planes), np.asarray(self.levels))
-        return -(-(int(ideal) + rans.STATE_BITS) // 8) if int(num_coded) else 0
+def longest_period(num_rows: int) -> int:
+    """The longest period of so many rows; 0 if they have none."""
+    longest = min(num_rows // 2, (1 << PERIOD_BITS) - 1)
+    return longest if longest >= SHORTEST_PERIOD else 0
 
 
-def classified(matrices: list[jax.Array]) -> Planes:
-    """Matrices of symbols with the classes and probabilities that fit them.
+def classify(codes: jax.Array) -> Plane:
+    """A matrix with the classes, period and levels that fit it.
 
     Args:
-      matrices: int32 ``[m, n]`` each, magnitudes below 2**30.
+      codes: int32 ``[m, n]``, magnitudes below 2**30.
 
     Returns:
-      What a message holds of them.
+      The plane.
 
     Example:
-      >>> planes = classified([jnp.array([[0, 3], [0, 0]])])
-      >>> planes.planes[0].rows.tolist(), planes.planes[0].columns.tolist()
+      >>> plane = classify(jnp.array([[0, 3], [0, 0]]))
+      >>> plane.rows.tolist(), plane.columns.tolist()
       ([2, 0], [0, 24])
     """
-    planes = tuple(_classify(matrix) for matrix in matrices)
-    return Planes(planes, _levels(_sum([_answers(plane) for plane in planes])))
-
-
-def entropy_bits(matrix: jax.Array) -> jax.Array:
-    """About how many bits a matrix takes, float32, to choose between two ways to send a tensor."""
-    plane = _classify(matrix)
-    answers = _answers(plane).astype(jnp.float32)
-    asked = jnp.sum(answers, axis=1, keepdims=True)
-    share = answers / jnp.maximum(asked, 1)
-    information = -answers * jnp.log2(jnp.where(answers > 0, share, 1))
-    rows = jnp.sum(plane.rows > 0, dtype=jnp.float32)
-    return jnp.sum(information) + jnp.sum(answers[0, 1]) + _ROW_BITS * rows
-
-
-def _classify(codes: jax.Array) -> Plane:
     magnitudes = jnp.abs(codes).astype(jnp.float32)
     by_row, by_column = jnp.sum(magnitudes, axis=1), jnp.sum(magnitudes, axis=0)
     num_rows = jnp.maximum(jnp.sum(by_row > 0), 1)
     mean = jnp.sum(by_row) / num_rows
     # About the mean row; two octaves up and down.
     relative = jnp.round(jnp.log2(jnp.where(by_row > 0, by_row / mean, 1)) / 2).astype(jnp.int32)
-    rows = jnp.clip(2 + relative, 1, _NUM_ROW_CLASSES - 1)
+    rows = jnp.clip(MIDDLE + relative, 1, UPPER)
+    rows = jnp.where(by_row > 0, rows, 0).astype(jnp.uint8)
     octaves = jnp.log2(jnp.where(by_column > 0, by_column / num_rows, 1))
     halves = jnp.round(2 * octaves).astype(jnp.int32)
-    columns = jnp.clip(_ONE + halves, 1, _NUM_COLUMN_CLASSES - 1)
-    return Plane(
-        codes,
-        jnp.where(by_row > 0, rows, 0).astype(jnp.uint8),
-        jnp.where(by_column > 0, columns, 0).astype(jnp.uint8),
-    )
+    columns = jnp.clip(_ONE + halves, 1, NUM_COLUMN_CLASSES - 1)
+    columns = jnp.where(by_column > 0, columns, 0).astype(jnp.uint8)
+    return Plane(codes, rows, columns, _period(rows), _sign_levels(codes))
 
 
-def _answers(plane: Plane) -> jax.Array:
-    """How often each answer is given: uint32 ``[questions, no and yes, contexts]``."""
+def entropy_bits(matrix: jax.Array) -> jax.Array:
+    """About how many bits a matrix takes, float32, to choose between two ways to send a tensor."""
+    plane = classify(matrix)
+    answers = count_symbols(plane)
+    rows = jnp.sum(plane.rows > 0, dtype=jnp.float32)
+    signs = answers[0, 1].astype(jnp.float32)
+    return jnp.sum(_entropy(answers)) + jnp.sum(signs) + ROW_BITS * rows
+
+
+def count_symbols(plane: Plane) -> jax.Array:
+    """How often each answer about a symbol is given: uint32 ``[questions, no and yes, contexts]``.
+
+    Args:
+      plane: of the device or of the host.
+
+    Returns:
+      The numbers of answers.
+    """
     magnitudes = jnp.abs(jnp.asarray(plane.codes))
-    rows = _one_hot(plane.rows, _NUM_ROW_CLASSES)
-    columns = _one_hot(plane.columns, _NUM_COLUMN_CLASSES).astype(jnp.uint32)
+    rows = _one_hot(plane.rows, NUM_ROW_CLASSES)
+    columns = _one_hot(plane.columns, NUM_COLUMN_CLASSES).astype(jnp.uint32)
     # Sums along rows are exact in float32, those of their results in integers.
-    is_exact = ESCAPE * rows.shape[0] < _EXACT
-    dtype = jnp.float32 if is_exact else jnp.uint32
+    dtype = _counting(ESCAPE * rows.shape[0])
 
     def by_class(numbers: jax.Array) -> jax.Array:
         """The sum over each pair of classes."""
-        in_rows = jnp.matmul(
-            rows.astype(dtype).T, numbers.astype(dtype), precision=jax.lax.Precision.HIGHEST
-        )
-        return jnp.sum(in_rows.astype(jnp.uint32)[:, :, None] * columns[None], axis=1)
+        in_rows = _product(rows.astype(dtype).T, numbers.astype(dtype))
+        return jnp.sum(in_rows[:, :, None] * columns[None], axis=1)
 
     num_rows = jnp.sum(rows.astype(jnp.uint32), axis=0)
     elements = num_rows[:, None] * jnp.sum(columns, axis=0)[None]
@@ -245,13 +155,86 @@ def _answers(plane: Plane) -> jax.Array:
             jnp.stack([above_one - escaped, more]),
         ]
     )
-    shifts = range(_NUM_ROW_CLASSES - 1)
-    width = _NUM_COLUMN_CLASSES - 1
+    width = NUM_COLUMN_CLASSES - 1
     found = jnp.zeros((NUM_QUESTIONS, 2, NUM_CONTEXTS), jnp.uint32)
-    for row in shifts:
-        begin = _ROW_STEP * row
+    for row in range(NUM_ROW_CLASSES - 1):
+        begin = ROW_STEP * row
         found = found.at[:, :, begin : begin + width].add(pairs[:, :, row])
     return found
+
+
+def count_rows(plane: Plane) -> jax.Array:
+    """How often each answer about a row is given: uint32 ``[questions, no and yes, above]``.
+
+    Args:
+      plane: of the device or of the host.
+
+    Returns:
+      The numbers of answers; zeros for a plane of zeros, which is not asked.
+    """
+    answers = _count_rows(jnp.asarray(plane.rows), jnp.asarray(plane.period, jnp.int32))
+    return answers * holds_any(plane).astype(jnp.uint32)
+
+
+def count_signs(plane: Plane) -> jax.Array:
+    """How many elements of each column are positive, and negative: uint32 ``[2, n]``."""
+    codes = jnp.asarray(plane.codes)
+    return _count_signs(codes)
+
+
+def holds_any(plane: Plane) -> jax.Array:
+    """Whether not all of a plane is zero."""
+    return jnp.any(jnp.asarray(plane.columns) > 0)
+
+
+def _count_rows(rows: jax.Array, period: jax.Array) -> jax.Array:
+    has_above = (period > 0) & (jnp.arange(rows.size) >= period)
+    above = jnp.where(has_above, jnp.roll(rows, period), NO_ROW)
+    dtype = _counting(rows.size)
+    contexts = above[:, None] == jnp.arange(NUM_ABOVE, dtype=above.dtype)[None]
+    classes = rows[:, None] == jnp.arange(NUM_ROW_CLASSES, dtype=rows.dtype)[None]
+    none, lower, middle, upper = _product(contexts.astype(dtype).T, classes.astype(dtype)).T
+    some = lower + middle + upper
+    return jnp.stack(
+        [
+            jnp.stack([none, some]),
+            jnp.stack([middle, lower + upper]),
+            jnp.stack([lower, upper]),
+        ]
+    )
+
+
+def _count_signs(codes: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(x, axis=0, dtype=jnp.uint32) for x in (codes > 0, codes < 0)])
+
+
+def _period(rows: jax.Array) -> jax.Array:
+    """The distance at which classes resemble each other most, if that saves bits."""
+    longest = longest_period(rows.size)
+    if not longest:
+        return jnp.int32(0)
+    centred = rows.astype(jnp.float32) - jnp.mean(rows.astype(jnp.float32))
+    size = 1 << (rows.size + longest - 1).bit_length()
+    likeness = jnp.fft.irfft(jnp.square(jnp.abs(jnp.fft.rfft(centred, size))), size)
+    likely = likeness[SHORTEST_PERIOD : longest + 1]
+    period = SHORTEST_PERIOD + jnp.argmax(likely).astype(jnp.int32)
+    alone, repeated = (jnp.sum(_entropy(_count_rows(rows, x))) for x in (jnp.int32(0), period))
+    return jnp.where(alone - repeated > _CHANCE_BITS, period, 0)
+
+
+def _sign_levels(codes: jax.Array) -> jax.Array:
+    """The level of each column's signs, where it saves more than it takes."""
+    counts = _count_signs(codes)
+    saved = jnp.sum(counts.astype(jnp.float32), axis=0) - _entropy(counts[None])[0]
+    level = nearest_level(*counts.astype(jnp.float32))
+    return jnp.where(saved > LEVEL_BITS, jnp.maximum(level, 1), 0).astype(jnp.uint8)
+
+
+def _entropy(answers: jax.Array) -> jax.Array:
+    """The bits of answers, float32 ``[questions, n]``, of ``[questions, no and yes, n]``."""
+    counts = answers.astype(jnp.float32)
+    share = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
+    return -jnp.sum(counts * jnp.log2(jnp.where(answers > 0, share, 1)), axis=1)
 
 
 def _one_hot(classes: Any, num_classes: int) -> jax.Array:
@@ -259,76 +242,11 @@ def _one_hot(classes: Any, num_classes: int) -> jax.Array:
     return jnp.asarray(classes)[:, None] == jnp.arange(1, num_classes, dtype=jnp.uint8)[None]
 
 
-def _levels(answers: jax.Array) -> jax.Array:
-    """The levels nearest to how often the answer is yes: uint8 ``[contexts, questions]``.
-
-    They are 0 where a context does not occur.
-    """
-    no, yes = answers[:, 0].astype(jnp.float32), answers[:, 1].astype(jnp.float32)
-    is_used = jnp.sum(answers[0], axis=0) > 0
-    return jnp.where(is_used[None], questions.nearest_level(no, yes), 0).T
+def _counting(largest: int) -> jax.typing.DTypeLike:
+    """A dtype that holds sums up to `largest` exactly, float32 where it can, which is faster."""
+    return jnp.float32 if largest < _EXACT else jnp.uint32
 
 
-def _ideal(answers: jax.Array, levels: jax.Array) -> BitCount:
-    """The sum of -log2 of the probability of each answer, rounded up."""
-    high, low = (jnp.asarray(words)[levels.T].swapaxes(1, 2) for words in _costs())
-    # [questions, no and yes, contexts], as the answers are.
-    exact = BitCount(jnp.ravel(high), jnp.ravel(low)).times(jnp.ravel(answers)).sum()
-    return whole_bits(exact)
-
-
-@functools.cache
-def _costs() -> tuple[np.ndarray, np.ndarray]:
-    """Of no and yes at each level: two words ``[levels, 2]``."""
-    table = questions.frequencies()
-    high, low = information(table.ravel(), questions.PRECISION)
-    return high.reshape(table.shape), low.reshape(table.shape)
-
-
-@jax.jit
-def _measured(planes: tuple[Plane, ...], levels: Any) -> tuple[BitCount, jax.Array]:
-    """The ideal bits of all answers, and how many elements are coded."""
-    answers = _sum([_answers(plane) for plane in planes])
-    return _ideal(answers, levels), jnp.sum(answers[0], dtype=jnp.uint32)
-
-
-def _escaped_bits(codes: Any) -> BitCount:
-    above = jnp.maximum(jnp.abs(jnp.asarray(codes)) - (ESCAPE - 1), 0).astype(jnp.uint32)
-    lengths = jnp.where(above > 0, gamma_lengths(jnp.maximum(above, 1)), 0)
-    # Less than 2**6 bits an element: those of a row fit a word.
-    return total(jnp.sum(lengths, axis=1, dtype=jnp.uint32))
-
-
-def _classes(plane: Plane) -> tuple[Coded, Coded]:
-    """What travels of the classes."""
-    dtype = np.dtype(np.uint8)
-    return (
-        Coded(Symbols(plane.rows, _ROW_BITS, dtype), Ans()),
-        Coded(Symbols(plane.columns, _COLUMN_BITS, dtype), Ans()),
-    )
-
-
-def _contexts(plane: Plane) -> np.ndarray:
-    """The context of each element, int8 ``[m, n]``; -1 if it has none."""
-    rows, columns = (np.asarray(x).astype(np.int8) for x in (plane.rows, plane.columns))
-    found = _ROW_STEP * (rows[:, None] - 1) + (columns[None, :] - 1)
-    return np.where((rows[:, None] > 0) & (columns[None, :] > 0), found, -1)
-
-
-def _coded_elements(plane: Plane) -> tuple[np.ndarray, np.ndarray]:
-    """The contexts and the codes of the elements that have a context."""
-    contexts = _contexts(plane)
-    is_coded = contexts >= 0
-    if np.any(np.asarray(plane.codes)[~is_coded]):
-        raise CodecError(
-            "expected zeros in rows and columns of class 0; the message was not made by its codec."
-        )
-    return contexts[is_coded], np.asarray(plane.codes)[is_coded].astype(np.int64)
-
-
-def _count(number: jax.Array) -> BitCount:
-    return BitCount(jnp.zeros_like(number), number)
-
-
-def _sum(parts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The exact product of two matrices of whole numbers, uint32."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).astype(jnp.uint32)

@@ -37,9 +37,10 @@ from fedjax_core.compression.base import (
     stateless,
 )
 from fedjax_core.compression.checks import whole
-from fedjax_core.compression.contexts import Planes, classified, entropy_bits
+from fedjax_core.compression.contexts import entropy_bits
 from fedjax_core.compression.control import Control, fixed
 from fedjax_core.compression.numerics import divisor, finite, ratio, wide
+from fedjax_core.compression.planes import Planes, classified
 from fedjax_core.compression.wire import check_tensors
 from fedjax_core.errors import CodecError
 
@@ -235,7 +236,9 @@ def _encode(
         if len(sent) == 2 and chosen.candidates == "both":
             sent = _better(*sent)
         for each in sent:
-            matrices.append(each.codes)
+            # Factors lean to other sides, and have other periods.
+            num_left = p.shape[0] if each.scales is not None else each.codes.shape[0]
+            matrices += [x for x in (each.codes[:num_left], each.codes[num_left:]) if x.size]
             components += [] if each.scales is None else [each.scales.astype(jnp.bfloat16)]
             aligned, squares = aligned + each.aligned, squares + each.squares
     if vectors:
@@ -268,8 +271,7 @@ def _decode(contents: _Contents) -> Any:
         shape = low_rank.matrix_shape(tensor.shape)
         value = next(codes) if tensor.is_direct else jnp.zeros(shape, jnp.float32)
         if tensor.rank:
-            both = next(codes)
-            factors = low_rank.Factors(both[: shape[0]], both[shape[0] :], next(components))
+            factors = low_rank.Factors(next(codes), next(codes), next(components))
             value = value + low_rank.product(factors)
         found.append((scale * value).reshape(tensor.shape).astype(tensor.dtype))
     vectors, begin = [jnp.ravel(x) for x in codes], 0

@@ -1,12 +1,13 @@
-"""Magnitudes as answers to questions, on the host: the coder behind `contexts`.
+"""Numbers as answers to questions, on the host: the coder behind `planes`.
 
-Of each element is asked: is it above 0; then, is it above 1; then, is it above 2, 3, ... 14. The
-answers to one question in one context have one probability, so they are coded together: question
-after question, and for each one context after context. The reader knows from earlier answers who
-is asked next.
+An answer is yes or no, with a probability that both ends know. What is asked next follows from the
+answers so far, so one function leads the dialogue in both directions: `Writing` collects answers
+that it looks up, `Reading` decodes them.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,11 @@ import numpy as np
 
 from fedjax_core.compression import rans
 from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
+from fedjax_core.compression.frequencies import information
 from fedjax_core.compression.universal import read_gammas, write_gammas
 
+# Of an element: is it above 0; is it above 1; is it above 2, 3, ... 14. Of a row: has it a class
+# above 0; is this not the middle one; is it the upper one.
 NUM_QUESTIONS = 3
 # What a magnitude has above this less one travels as it is.
 ESCAPE = 15
@@ -23,6 +27,9 @@ ESCAPE = 15
 LEVEL_BITS = 6
 NUM_LEVELS = 1 << LEVEL_BITS
 PRECISION = 16
+# Classes of rows, and the context of a row with none above it.
+MIDDLE, UPPER = 2, 3
+NO_ROW = 4
 _OCTAVES = 12.0
 # No magnitude is this long, in bits.
 _MAX_BITS = 30
@@ -43,70 +50,165 @@ def nearest_level(no: jax.Array, yes: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(level), 0, NUM_LEVELS - 1).astype(jnp.uint8)
 
 
-def encode(
-    contexts: np.ndarray, magnitudes: np.ndarray, levels: np.ndarray, num_bytes: int
-) -> tuple[int, bytes]:
-    """The state of a coder for all answers, in one of the orders in which it fits.
+class Ask(Protocol):
+    """Asks one question of several numbers."""
 
-    Args:
-      contexts: int8 ``[n]``.
-      magnitudes: int64 ``[n]``.
-      levels: ``[contexts, questions]``.
-      num_bytes: of the state.
+    def __call__(
+        self, level: int, places: np.ndarray, answer: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """The answers, bool ``[n]``.
 
-    Returns:
-      The number of the order, and the state.
+        Args:
+          level: of the probability of yes.
+          places: int64 ``[n]``, whom.
+          answer: from places to their answers; called by who writes.
+        """
+        ...
 
-    Raises:
-      CodecError: it fits in no order.
-    """
 
-    def encode_in(order: int) -> bytes:
-        segments = []
-        asked = _by_context(rans.reorder(contexts, order))
-        magnitude = rans.reorder(magnitudes, order)
-        for least in range(ESCAPE):
-            asked = [(context, places) for context, places in asked if places.size]
-            answers = [magnitude[places] > least for _, places in asked]
-            segments += [
-                (answer, levels[context, min(least, NUM_QUESTIONS - 1)])
-                for answer, (context, _) in zip(answers, asked, strict=True)
-            ]
-            asked = [
-                (context, places[answer])
-                for answer, (context, places) in zip(answers, asked, strict=True)
-            ]
+class Writing:
+    """Collects the answers of a dialogue."""
+
+    def __init__(self) -> None:
+        self._segments: list[tuple[np.ndarray, int]] = []
+        self._cost = 0
+
+    def __call__(
+        self, level: int, places: np.ndarray, answer: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """See `Ask`."""
+        answers = answer(places)
+        self._segments.append((answers, int(level)))
+        self._cost += _cost(int(level), answers)
+        return answers
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a state that holds all answers."""
+        return _num_bytes(self._cost)
+
+    def state(self) -> bytes:
+        """The state of a coder that holds all answers, without the zero bytes at its end."""
         coder = rans.new_coder()
-        for answer, level in reversed(segments):
-            coder.encode_reverse(answer.astype(np.int32), _model(int(level)))
+        # A coder is a stack.
+        for answers, level in reversed(self._segments):
+            coder.encode_reverse(answers.astype(np.int32), _model(level))
         return rans.state_of(coder)
 
-    return rans.in_some_order(encode_in, num_bytes)
+
+class Reading:
+    """Decodes the answers of a dialogue from the state of a coder."""
+
+    def __init__(self, state: bytes) -> None:
+        self._coder = rans.coder_from(state)
+        self._num_bytes = len(state)
+        self._cost = 0
+
+    def __call__(
+        self, level: int, places: np.ndarray, answer: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """See `Ask`."""
+        del answer
+        answers = self._coder.decode(_model(int(level)), places.size) > 0
+        self._cost += _cost(int(level), answers)
+        return answers
+
+    def finish(self) -> None:
+        """Checks that all answers were asked for.
+
+        Raises:
+          CodecError: they were not.
+        """
+        if self._num_bytes != _num_bytes(self._cost):
+            raise altered("as many bytes as the answers take")
+        if self._num_bytes and not rans.is_empty(self._coder):
+            raise altered("a coder's state to end where it began")
 
 
-def decode(contexts: np.ndarray, levels: np.ndarray, state: bytes, order: int) -> np.ndarray:
-    """int64, the magnitudes up to `ESCAPE` that `encode` encoded.
+def ask_rows(ask: Ask, classes: np.ndarray, period: int, levels: np.ndarray) -> np.ndarray:
+    """The classes of rows, where the row one period above is of which class.
 
-    Raises:
-      CodecError: no magnitudes have this state.
+    Args:
+      ask: of one matrix.
+      classes: uint8 ``[m]``, 0 to 3; a reader's may hold anything.
+      period: rows between a row and that above it; 0 if no row has one.
+      levels: ``[5, questions]``, for each class of the row above, and for none.
+
+    Returns:
+      uint8 ``[m]``.
     """
-    if order >= rans.NUM_ORDERS or (not contexts.size and (state or order)):
-        raise altered(f"one of {rans.NUM_ORDERS} orders")
-    coder = rans.coder_from(state)
+    size = classes.size
+    found = np.zeros(size, np.uint8)
+    step = period or size
+    for begin in range(0, size, step):
+        rows = np.arange(begin, min(begin + step, size))
+        above = found[rows - step] if begin else np.full(rows.size, NO_ROW, np.uint8)
+        for context, places in _by_context(above):
+            own = rows[places]
+            own = own[ask(levels[context, 0], own, lambda x: classes[x] > 0)]
+            found[own] = MIDDLE
+            if own.size:
+                own = own[ask(levels[context, 1], own, lambda x: classes[x] != MIDDLE)]
+            if own.size:
+                is_upper = ask(levels[context, 2], own, lambda x: classes[x] == UPPER)
+                found[own] = np.where(is_upper, UPPER, 1)
+    return found
+
+
+def ask_magnitudes(
+    ask: Ask, magnitudes: np.ndarray, contexts: np.ndarray, levels: np.ndarray, order: int
+) -> np.ndarray:
+    """Magnitudes up to `ESCAPE`.
+
+    The answers to one question in one context have one probability, so they are coded together:
+    question after question, and for each one context after context.
+
+    Args:
+      ask: of elements.
+      magnitudes: int64 ``[n]``; a reader's may hold anything.
+      contexts: int8 ``[n]``.
+      levels: ``[contexts, questions]``.
+      order: the number of the order of the elements.
+
+    Returns:
+      int64 ``[n]``.
+    """
+    truth = rans.reorder(magnitudes, order)
     found = np.zeros(contexts.size, np.int64)
     asked = _by_context(rans.reorder(contexts, order))
-    for least in range(ESCAPE if contexts.size else 0):
+    for least in range(ESCAPE):
         following = []
         for context, places in asked:
-            if places.size:
-                model = _model(int(levels[context, min(least, NUM_QUESTIONS - 1)]))
-                above = places[coder.decode(model, places.size) > 0]
-                found[above] = least + 1
+            level = levels[context, min(least, NUM_QUESTIONS - 1)]
+            above = places[ask(level, places, lambda x, least=least: truth[x] > least)]
+            found[above] = least + 1
+            if above.size:
                 following.append((context, above))
         asked = following
-    if contexts.size and not rans.is_empty(coder):
-        raise altered("a coder's state to end where it began")
     return rans.restore(found, order)
+
+
+def ask_signs(
+    ask: Ask, is_negative: np.ndarray, is_some: np.ndarray, levels: np.ndarray
+) -> np.ndarray:
+    """Which elements are negative, in the columns whose signs have a probability.
+
+    Args:
+      ask: of rows, column by column.
+      is_negative: bool ``[m, n]``; a reader's may hold anything.
+      is_some: bool ``[m, n]``, the elements that have a sign.
+      levels: ``[n]``; 0 for the columns that are left out.
+
+    Returns:
+      bool ``[m, n]``.
+    """
+    found = np.zeros(is_some.shape, bool)
+    for column in np.flatnonzero(levels):
+        places = np.flatnonzero(is_some[:, column])
+        if places.size:
+            own = is_negative[:, column]
+            found[places, column] = ask(levels[column], places, lambda x, own=own: own[x])
+    return found
 
 
 def write_escaped(writer: BitWriter, magnitudes: np.ndarray) -> None:
@@ -136,3 +238,29 @@ def _by_context(contexts: np.ndarray) -> list[tuple[int, np.ndarray]]:
 @functools.cache
 def _model(level: int) -> object:
     return rans.categorical(frequencies()[level])
+
+
+@functools.cache
+def costs() -> tuple[np.ndarray, np.ndarray]:
+    """The bits of no and yes at each level, in units of 2**-32: two words ``[levels, 2]``."""
+    table = frequencies()
+    high, low = information(table.ravel(), PRECISION)
+    return high.reshape(table.shape), low.reshape(table.shape)
+
+
+def _cost(level: int, answers: np.ndarray) -> int:
+    """The bits of answers, in units of 2**-32."""
+    num_yes = int(np.count_nonzero(answers))
+    no, yes = _costs()[level]
+    return no * (answers.size - num_yes) + yes * num_yes
+
+
+@functools.cache
+def _costs() -> list[list[int]]:
+    high, low = (x.astype(np.uint64) for x in costs())
+    return (high << np.uint64(32) | low).tolist()
+
+
+def _num_bytes(cost: int) -> int:
+    """Of a state that takes so many bits, in units of 2**-32."""
+    return -(-(-(-cost >> 32) + rans.STATE_BITS) // 8) if cost else 0
