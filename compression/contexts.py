@@ -28,7 +28,7 @@ References:
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,42 +112,69 @@ def classify(codes: jax.Array) -> Plane:
     halves = jnp.round(2 * octaves).astype(jnp.int32)
     columns = jnp.clip(_ONE + halves, 1, NUM_COLUMN_CLASSES - 1)
     columns = jnp.where(by_column > 0, columns, 0).astype(jnp.uint8)
-    return Plane(codes, rows, columns, _period(rows), _sign_levels(codes))
+    plane = Plane(codes, rows, columns, _period(rows), jnp.zeros_like(columns))
+    return dataclasses.replace(plane, signs=_sign_levels(tally(plane).signs))
 
 
 def entropy_bits(matrix: jax.Array) -> jax.Array:
     """About how many bits a matrix takes, float32, to choose between two ways to send a tensor."""
     plane = classify(matrix)
-    answers = count_symbols(plane)
+    answers = tally(plane).symbols
     rows = jnp.sum(plane.rows > 0, dtype=jnp.float32)
     signs = answers[0, 1].astype(jnp.float32)
     return jnp.sum(_entropy(answers)) + jnp.sum(signs) + ROW_BITS * rows
 
 
-def count_symbols(plane: Plane) -> jax.Array:
-    """How often each answer about a symbol is given: uint32 ``[questions, no and yes, contexts]``.
+class Tally(NamedTuple):
+    """How often each answer about the elements of a plane is given.
+
+    Attributes:
+      symbols: uint32 ``[questions, no and yes, contexts]``.
+      signs: uint32 ``[2, n]``, the positive and the negative elements of each column.
+    """
+
+    symbols: jax.Array
+    signs: jax.Array
+
+
+def tally(plane: Plane) -> Tally:
+    """Counts the elements of a plane of the device or of the host.
 
     Args:
-      plane: of the device or of the host.
+      plane: its period and the levels of its signs do not matter.
 
     Returns:
       The numbers of answers.
     """
-    magnitudes = jnp.abs(jnp.asarray(plane.codes))
+    codes = jnp.asarray(plane.codes)
+    magnitudes = jnp.abs(codes)
     rows = _one_hot(plane.rows, NUM_ROW_CLASSES)
     columns = _one_hot(plane.columns, NUM_COLUMN_CLASSES).astype(jnp.uint32)
     # Sums along rows are exact in float32, those of their results in integers.
     dtype = _counting(ESCAPE * rows.shape[0])
 
-    def by_class(numbers: jax.Array) -> jax.Array:
+    def by_row_class(numbers: jax.Array) -> jax.Array:
+        """The sums over the rows of each class, ``[row classes, n]``."""
+        return _product(rows.astype(dtype).T, numbers.astype(dtype))
+
+    def two(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Those of two masks, at once where the float32 that holds both is exact."""
+        base = rows.shape[0] + 1
+        if base * base > _EXACT:
+            return by_row_class(first), by_row_class(second)
+        both = by_row_class(first + jnp.where(second, base, 0))
+        return both % base, both // base
+
+    def by_class(sums: jax.Array) -> jax.Array:
         """The sum over each pair of classes."""
-        in_rows = _product(rows.astype(dtype).T, numbers.astype(dtype))
-        return jnp.sum(in_rows[:, :, None] * columns[None], axis=1)
+        return jnp.sum(sums[:, :, None] * columns[None], axis=1)
 
     num_rows = jnp.sum(rows.astype(jnp.uint32), axis=0)
     elements = num_rows[:, None] * jnp.sum(columns, axis=0)[None]
-    above_zero, above_one, escaped = (by_class(magnitudes >= least) for least in (1, 2, ESCAPE))
-    more = by_class(jnp.clip(magnitudes - 2, 0, ESCAPE - 2))
+    some, negative = two(magnitudes >= 1, codes < 0)
+    above_one, escaped = map(by_class, two(magnitudes >= 2, magnitudes >= ESCAPE))
+    above_zero = by_class(some)
+    more = by_class(by_row_class(jnp.clip(magnitudes - 2, 0, ESCAPE - 2)))
     pairs = jnp.stack(
         [
             jnp.stack([elements - above_zero, above_zero]),
@@ -160,7 +187,8 @@ def count_symbols(plane: Plane) -> jax.Array:
     for row in range(NUM_ROW_CLASSES - 1):
         begin = ROW_STEP * row
         found = found.at[:, :, begin : begin + width].add(pairs[:, :, row])
-    return found
+    some, negative = jnp.sum(some, axis=0), jnp.sum(negative, axis=0)
+    return Tally(found, jnp.stack([some - negative, negative]))
 
 
 def count_rows(plane: Plane) -> jax.Array:
@@ -174,12 +202,6 @@ def count_rows(plane: Plane) -> jax.Array:
     """
     answers = _count_rows(jnp.asarray(plane.rows), jnp.asarray(plane.period, jnp.int32))
     return answers * holds_any(plane).astype(jnp.uint32)
-
-
-def count_signs(plane: Plane) -> jax.Array:
-    """How many elements of each column are positive, and negative: uint32 ``[2, n]``."""
-    codes = jnp.asarray(plane.codes)
-    return _count_signs(codes)
 
 
 def holds_any(plane: Plane) -> jax.Array:
@@ -204,10 +226,6 @@ def _count_rows(rows: jax.Array, period: jax.Array) -> jax.Array:
     )
 
 
-def _count_signs(codes: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.sum(x, axis=0, dtype=jnp.uint32) for x in (codes > 0, codes < 0)])
-
-
 def _period(rows: jax.Array) -> jax.Array:
     """The distance at which classes resemble each other most, if that saves bits."""
     longest = longest_period(rows.size)
@@ -222,9 +240,8 @@ def _period(rows: jax.Array) -> jax.Array:
     return jnp.where(alone - repeated > _CHANCE_BITS, period, 0)
 
 
-def _sign_levels(codes: jax.Array) -> jax.Array:
+def _sign_levels(counts: jax.Array) -> jax.Array:
     """The level of each column's signs, where it saves more than it takes."""
-    counts = _count_signs(codes)
     saved = jnp.sum(counts.astype(jnp.float32), axis=0) - _entropy(counts[None])[0]
     level = nearest_level(*counts.astype(jnp.float32))
     return jnp.where(saved > LEVEL_BITS, jnp.maximum(level, 1), 0).astype(jnp.uint8)

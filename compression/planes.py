@@ -61,15 +61,26 @@ class Planes(Packed):
 
     def count(self) -> BitCount:
         """See `Packed`."""
-        answers = _sum([model.count_symbols(plane) for plane in self.planes])
-        used = _count(jnp.sum(jnp.sum(answers[0], axis=0) > 0, dtype=jnp.uint32))
+        tallies = [model.tally(plane) for plane in self.planes]
+        symbols = _sum([found.symbols for found in tallies])
+        rows = _sum([model.count_rows(plane) for plane in self.planes])
+        used = _count(jnp.sum(jnp.sum(symbols[0], axis=0) > 0, dtype=jnp.uint32))
         fixed = len(self.planes) + NUM_ABOVE * NUM_QUESTIONS * LEVEL_BITS + NUM_CONTEXTS
         head = BitCount.of(fixed) + used.times(NUM_QUESTIONS * LEVEL_BITS)
+        # -log2 of the probability of each answer, rounded up.
+        ideal = _ideal(symbols, jnp.asarray(self.levels).T)
+        ideal = ideal + _ideal(rows, jnp.asarray(self.row_levels).T)
         extra = BitCount.zero()
-        for plane in self.planes:
+        for plane, found in zip(self.planes, tallies, strict=True):
+            has_level = jnp.asarray(plane.signs) > 0
+            coded = jnp.where(has_level[None], found.signs, 0)
+            ideal = ideal + _ideal(coded[None], jnp.asarray(plane.signs)[None])
+            plain = jnp.where(has_level, 0, jnp.sum(found.signs, axis=0))
+            extra = extra + total(plain) + _escaped_bits(plane.codes)
             head = head + _head_bits(plane)
-            extra = extra + _escaped_bits(plane.codes) + _plain_signs(plane)
-        state = _state_bits(self.planes, jnp.asarray(self.levels), jnp.asarray(self.row_levels))
+        state = whole_bits(ideal) + BitCount.of(rans.STATE_BITS)
+        holds_any = jnp.any(jnp.stack([model.holds_any(plane) for plane in self.planes]))
+        state = jax.tree.map(lambda word: jnp.where(holds_any, word, 0), state)
         parts = [head.whole_bytes(), state.whole_bytes(), extra.whole_bytes()]
         return sum(parts, BitCount.of(8 * (_NUM_BYTES_SIZE + 1)))
 
@@ -187,7 +198,7 @@ def classified(matrices: list[jax.Array]) -> Planes:
       (264, 33)
     """
     planes = tuple(model.classify(matrix) for matrix in matrices)
-    symbols = _sum([model.count_symbols(plane) for plane in planes])
+    symbols = _sum([model.tally(plane).symbols for plane in planes])
     rows = _sum([model.count_rows(plane) for plane in planes])
     return Planes(planes, _levels(symbols), _levels(rows))
 
@@ -200,20 +211,6 @@ def _levels(answers: jax.Array) -> jax.Array:
     no, yes = answers[:, 0].astype(jnp.float32), answers[:, 1].astype(jnp.float32)
     is_used = jnp.sum(answers[0], axis=0) > 0
     return jnp.where(is_used[None], questions.nearest_level(no, yes), 0).T
-
-
-def _state_bits(planes: tuple[Plane, ...], levels: Any, row_levels: Any) -> BitCount:
-    """What the coder takes: -log2 of the probability of each answer, rounded up, and its state."""
-    symbols = _sum([model.count_symbols(plane) for plane in planes])
-    rows = _sum([model.count_rows(plane) for plane in planes])
-    ideal = _ideal(symbols, levels.T) + _ideal(rows, row_levels.T)
-    for plane in planes:
-        signs = jnp.asarray(plane.signs)
-        counts = jnp.where(signs[None] > 0, model.count_signs(plane), 0)
-        ideal = ideal + _ideal(counts[None], signs[None])
-    bits = whole_bits(ideal) + BitCount.of(rans.STATE_BITS)
-    holds_any = jnp.any(jnp.stack([model.holds_any(plane) for plane in planes]))
-    return jax.tree.map(lambda word: jnp.where(holds_any, word, 0), bits)
 
 
 def _ideal(answers: jax.Array, levels: jax.Array) -> BitCount:
@@ -296,11 +293,6 @@ def _zeros(like: Plane) -> Plane:
 def _is_plain(plane: Plane) -> np.ndarray:
     """Whose signs are bits as they are."""
     return (plane.codes != 0) & (plane.signs == 0)[None]
-
-
-def _plain_signs(plane: Plane) -> BitCount:
-    counts = jnp.sum(model.count_signs(plane), axis=0)
-    return total(jnp.where(jnp.asarray(plane.signs) > 0, 0, counts))
 
 
 def _escaped_bits(codes: Any) -> BitCount:

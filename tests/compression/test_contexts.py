@@ -134,7 +134,7 @@ def test_signs_of_columns_that_lean_to_one_side_take_less():
 def test_answers_are_counted_exactly():
     rng = np.random.default_rng(0)
     plane = classified([jnp.asarray(matrix(rng, (60, 50), "rows"))]).planes[0]
-    answers = np.asarray(contexts.count_symbols(plane))
+    answers = np.asarray(contexts.tally(plane).symbols)
     rows, columns = (np.asarray(x).astype(int) for x in (plane.rows, plane.columns))
     context = contexts.ROW_STEP * (rows[:, None] - 1) + columns[None] - 1
     context = np.where((rows[:, None] > 0) & (columns[None] > 0), context, -1)
