@@ -58,7 +58,7 @@ _MAX_SHARE = 0.5
 # From so many rows or more it is judged how many bits a matrix takes.
 _NUM_SAMPLED = 512
 # All vectors are sent as one matrix of so many columns, with narrow matrices.
-_WIDTH = 64
+_WIDTH = 16
 _FEW_COLUMNS = 4
 
 
