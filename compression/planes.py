@@ -195,7 +195,7 @@ def classified(matrices: list[jax.Array]) -> Planes:
     Example:
       >>> planes = classified([jnp.array([[0, 3], [0, 0]])])
       >>> int(planes.count()), len(planes.to_bytes())
-      (264, 33)
+      (272, 34)
     """
     planes = tuple(model.classify(matrix) for matrix in matrices)
     symbols = _sum([model.tally(plane).symbols for plane in planes])
