@@ -45,7 +45,7 @@ def matrix(rng: np.random.Generator, shape: tuple[int, int], kind: str) -> np.nd
         case "periodic":
             kinds = rng.choice([0, 0.2, 5], (16, 1), p=[0.5, 0.3, 0.2])
             scale = np.resize(kinds, (shape[0], 1))
-            return np.int32(np.rint(np.abs(rng.normal(size=shape)) * scale))
+            return np.rint(np.abs(rng.normal(size=shape)) * scale).astype(np.int32)
         case "large":
             return rng.integers(-(2**29), 2**29, shape, np.int32)
     raise AssertionError(kind)
