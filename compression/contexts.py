@@ -11,10 +11,10 @@ is it not zero; is its magnitude above 1; is it above 2, 3, ... 14 (these share 
 
 Rows resemble each other at a distance, the period: what a feature map says of one place, it says of
 the next one. So the class of a row is answers too, whose probabilities follow from the class of the
-row one period above. Columns lean to one side: what comes out of a ReLU is never negative, and
-neither, up to one sign, are most singular vectors of such rows. So signs have a probability in each
-column in which they are uneven; elsewhere they are bits as they are, and so is what a magnitude has
-above 14, in Elias gamma.
+row one period above. Columns lean to one side: what comes out of a ReLU is never negative, so the
+strongest singular vector of such rows has one sign, and others mostly one. So signs have a
+probability in each column in which they are uneven; elsewhere they are bits as they are, and so is
+what a magnitude has above 14, in Elias gamma.
 
 How often each answer is given is counted on the device, by small products of matrices.
 
