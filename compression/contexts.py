@@ -210,6 +210,7 @@ def holds_any(plane: Plane) -> jax.Array:
 
 
 def _count_rows(rows: jax.Array, period: jax.Array) -> jax.Array:
+    """The answers about rows of these classes, uint32 ``[questions, no and yes, above]``."""
     has_above = (period > 0) & (jnp.arange(rows.size) >= period)
     above = jnp.where(has_above, jnp.roll(rows, period), NO_ROW)
     dtype = _counting(rows.size)

@@ -285,6 +285,7 @@ def _read_levels(reader: BitReader, count: int) -> np.ndarray:
 
 
 def _zeros(like: Plane) -> Plane:
+    """A plane of the same shapes, NumPy's, that holds nothing."""
     shapes = {f.name: np.shape(getattr(like, f.name)) for f in dataclasses.fields(like)}
     dtypes = {"codes": np.int32, "period": np.int32}
     return Plane(**{k: np.zeros(v, dtypes.get(k, np.uint8)) for k, v in shapes.items()})

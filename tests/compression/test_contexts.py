@@ -18,7 +18,7 @@ COUNT = jax.jit(Planes.count)
 classified = jax.jit(planes.classified)
 
 
-def written(message: Planes) -> bytes:
+def check_written(message: Planes) -> bytes:
     """The bytes, which are as many as the device counts and hold the same."""
     data = message.to_bytes()
     assert 8 * len(data) == int(COUNT(message))
@@ -67,7 +67,7 @@ KINDS = ("zeros", "one", "constant", "sparse", "rows", "periodic", "large")
 )
 def test_sizes_are_exact(shape, kind):
     rng = np.random.default_rng(0)
-    written(classified([jnp.asarray(matrix(rng, shape, kind))]))
+    check_written(classified([jnp.asarray(matrix(rng, shape, kind))]))
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_sizes_are_exact(shape, kind):
 def test_matrices_share_their_contexts(kinds, seed):
     rng, shapes = np.random.default_rng(seed), ((20, 30), (50, 4), (7, 9))
     matrices = [jnp.asarray(matrix(rng, *pair)) for pair in zip(shapes, kinds, strict=True)]
-    written(classified(matrices))
+    check_written(classified(matrices))
 
 
 def test_geometric_symbols_take_their_entropy():
@@ -86,7 +86,7 @@ def test_geometric_symbols_take_their_entropy():
     message = classified([jnp.asarray(codes)])
     share = 0.6 * 0.4 ** np.arange(40)
     entropy = -np.sum(share * np.log2(share)) + 0.4  # a sign for what is not zero
-    assert 8 * len(written(message)) < 1.02 * entropy * codes.size + 2 * 500
+    assert 8 * len(check_written(message)) < 1.02 * entropy * codes.size + 2 * 500
 
 
 def test_rows_and_columns_that_differ_take_less_than_one_context():
@@ -95,7 +95,7 @@ def test_rows_and_columns_that_differ_take_less_than_one_context():
     codes = np.int32(np.rint(rng.laplace(size=(200, 100)) * scale))
     values, counts = np.unique(codes, return_counts=True)
     share = counts / codes.size
-    assert 8 * len(written(classified([jnp.asarray(codes)]))) < -0.85 * codes.size * np.sum(
+    assert 8 * len(check_written(classified([jnp.asarray(codes)]))) < -0.85 * codes.size * np.sum(
         share * np.log2(share)
     )
     assert values.size > 10
@@ -110,7 +110,7 @@ def test_rows_that_repeat_at_a_distance_take_less():
     assert [int(x.planes[0].period) % 64 for x in found] == [0, 0]
     assert int(found[0].planes[0].period) > 0
     assert int(found[1].planes[0].period) == 0
-    repeated, alone = (8 * len(written(x)) for x in found)
+    repeated, alone = (8 * len(check_written(x)) for x in found)
     # The entropy of 640 rows, three in ten of them shown, but for the first 64.
     saved = 576 * -(0.3 * np.log2(0.3) + 0.7 * np.log2(0.7))
     assert alone - repeated == pytest.approx(saved, rel=0.2)
@@ -126,7 +126,7 @@ def test_signs_of_columns_that_lean_to_one_side_take_less():
     found = [classified([jnp.asarray(x)]) for x in (even, uneven)]
     assert (np.asarray(found[0].planes[0].signs) == 0).all()
     assert (np.asarray(found[1].planes[0].signs) > 0).tolist() == [True, False, True]
-    plain, leaning = (8 * len(written(x)) for x in found)
+    plain, leaning = (8 * len(check_written(x)) for x in found)
     entropy = -(0.02 * np.log2(0.02) + 0.98 * np.log2(0.98))
     assert plain - leaning == pytest.approx(500 * (2 - entropy), rel=0.1)
 

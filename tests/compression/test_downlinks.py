@@ -105,7 +105,7 @@ def moved(value, seed, size=0.1):
     }
 
 
-def same(a, b) -> None:
+def check_same(a, b) -> None:
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -130,7 +130,7 @@ def test_a_client_rebuilds_the_value_from_the_seed_and_the_bytes(codec):
     (_, _, received, _), _ = run(*args, fc.Federated(jnp.arange(2), fc.CLIENTS))
     like = jax.eval_shape(lambda: downlinks.encoded(codec, key, value))
     client = jax.jit(lambda seed, m: downlinks.rebuilt(codec, initialize, key, seed, m))
-    same(client(KEY, from_bytes(codec, sent[0], like=like)), received.value)
+    check_same(client(KEY, from_bytes(codec, sent[0], like=like)), received.value)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_replicas_follow_without_adding_up_errors():
         server, memory, received, _ = send(
             server, jax.random.fold_in(KEY, number), value, [memory] * 2
         )
-        same(received, server[0])
+        check_same(received, server[0])
         errors.append(float(jnp.mean((received["w"] - value["w"]) ** 2)))
     assert max(errors[6:]) < 2 * np.mean(errors[:3])
 
