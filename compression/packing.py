@@ -10,15 +10,14 @@ Bit j of a stream is bit ``j % 8`` of byte ``j // 8``; words are little-endian, 
 bits zero. They are what TFF sends; nothing else should.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fedjax_core.errors import CodecError
 
-# Numbers handled at once, so that the array of single bits stays small: a multiple of 8.
-_CHUNK = 1 << 20
 _TRIT_VALUES = np.array([1, 3, 9, 27, 81], np.uint8)
 _WORD_BITS = 28
 
@@ -60,8 +59,13 @@ def pack_bits(codes: np.ndarray, width: int) -> bytes:
     _check_below(flat, 1 << width)
     if width in (8, 16):
         return flat.astype(f"<u{width // 8}").tobytes()
-    chunks = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
-    return b"".join(_pack_chunk(chunk, width) for chunk in chunks)
+    num_codes, num_bytes = _period(width)
+    codes = np.zeros((-(-flat.size // num_codes), num_codes), np.uint32)
+    codes.reshape(-1)[: flat.size] = flat
+    packed = np.zeros((len(codes), num_bytes), np.uint8)
+    for code, byte, distance in _shared_bits(width):
+        packed[:, byte] |= _shifted_up(codes[:, code], -distance).astype(np.uint8)
+    return packed.tobytes()[: -(-flat.size * width // 8)]
 
 
 def unpack_bits(data: bytes, count: int, width: int) -> np.ndarray:
@@ -86,13 +90,14 @@ def unpack_bits(data: bytes, count: int, width: int) -> np.ndarray:
             f"expected the last {filling} bits of a packed tensor to be zero, "
             f"got byte {data[-1]:#04x}; the bytes were altered, or belong to another message."
         )
-    stride = _CHUNK * width // 8
-    codes = np.empty(count, np.uint32)
-    for index, start in enumerate(range(0, count, _CHUNK)):
-        end = min(start + _CHUNK, count)
-        chunk = data[index * stride : (index + 1) * stride]
-        codes[start:end] = _unpack_chunk(chunk, end - start, width)
-    return codes
+    num_codes, num_bytes = _period(width)
+    packed = np.zeros((-(-count // num_codes), num_bytes), np.uint8)
+    packed.reshape(-1)[: len(data)] = np.frombuffer(data, np.uint8)
+    codes = np.zeros((len(packed), num_codes), np.uint32)
+    for code, byte, distance in _shared_bits(width):
+        codes[:, code] |= _shifted_up(packed[:, byte].astype(np.uint32), distance)
+    codes &= np.uint32((1 << width) - 1)
+    return codes.reshape(-1)[:count]
 
 
 def pack_trits(codes: np.ndarray) -> bytes:
@@ -204,17 +209,24 @@ def _check_below(codes: np.ndarray, end: int) -> None:
         )
 
 
-def _pack_chunk(codes: np.ndarray, width: int) -> bytes:
-    bits = np.empty((codes.size, width), np.uint8)
-    for position in range(width):
-        bits[:, position] = (codes >> position) & 1
-    return np.packbits(bits, bitorder="little").tobytes()
+def _period(width: int) -> tuple[int, int]:
+    """The smallest number of integers that fill whole bytes, and the number of these bytes."""
+    num_codes = 8 // math.gcd(width, 8)
+    return num_codes, num_codes * width // 8
 
 
-def _unpack_chunk(data: bytes, count: int, width: int) -> np.ndarray:
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count * width, bitorder="little")
-    columns = bits.reshape(count, width)
-    codes = np.zeros(count, np.uint32)
-    for position in range(width):
-        codes |= columns[:, position].astype(np.uint32) << np.uint32(position)
-    return codes
+def _shared_bits(width: int) -> Iterator[tuple[int, int, int]]:
+    """Each integer of a period with each byte that has bits of it.
+
+    Yields:
+      The integer, the byte, and by how many bits the byte lies above the integer's lowest one.
+    """
+    for code in range(_period(width)[0]):
+        for byte in range(code * width // 8, -(-(code + 1) * width // 8)):
+            yield code, byte, 8 * byte - code * width
+
+
+def _shifted_up(numbers: np.ndarray, distance: int) -> np.ndarray:
+    if distance < 0:
+        return numbers >> np.uint32(-distance)
+    return numbers << np.uint32(distance)
