@@ -238,6 +238,33 @@ def test_many_rounds_in_one_program(wrap):
     assert ("catch_up" in metrics.communication.broadcast) == (wrap is replica)
 
 
+def test_replicas_of_which_three_in_ten_miss_each_round():
+    """What all are sent is counted anew here; the error is that of one message, however many."""
+    bits, num_clients = 6, 10
+    own = algorithm(replica(uniform_quantize(bits, min_size=0, stochastic=False)))
+    state = own.init(KEY, num_clients)
+    raw = sum(32 * x.size for x in jax.tree.leaves(state.params))
+    rng, followed, sizes = np.random.default_rng(0), np.full(num_clients, -1), []
+    for _ in range(25):
+        present = np.sort(rng.choice(num_clients, 7, replace=False))
+        before = state
+        state, metrics = own.update(before, dataset(num_clients).cohort([str(i) for i in present]))
+        counted = {name: int(x) for name, x in metrics.communication.broadcast.items()}
+        missed = [sum(sizes[i:]) if i >= 0 else sum(sizes) + 64 for i in followed[present]]
+        assert counted["catch_up"] == sum(min(size, raw) for size in missed)
+        sizes.append(counted["params"] // 7)
+        assert counted["params"] == 7 * sizes[-1]
+        followed[present] = len(sizes)
+        for value, old, new in zip(
+            *map(jax.tree.leaves, (before.params, before.downlink[0], state.downlink[0])),
+            strict=True,
+        ):
+            step = np.ptp(np.asarray(value - old)) / (2**bits - 1)
+            assert float(jnp.max(jnp.abs(value - new))) <= step + 1e-6
+    # Some missed so much that the model itself was shorter, others a message or two.
+    assert sum(sizes) > raw > 3 * max(sizes)
+
+
 def test_a_sum_of_sizes_is_exact():
     counts = [BitCount.of(n) for n in (2**40 + 123, 2**32 - 1, 7, 2**63)]
     limbs = sum(downlinks._limbs(count) for count in counts)
