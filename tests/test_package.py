@@ -109,7 +109,7 @@ def test_the_list_of_packages_is_complete():
 
 
 def test_importing_is_quick_and_loads_nothing_heavy(tmp_path):
-    # Processor time, the least of three: other processes on the machine do not count, nor does the
+    # Processor time, the least of five: other processes on the machine do not count, nor does the
     # first import, which compiles.
     code = (
         "import json, sys, time\n"
@@ -123,7 +123,7 @@ def test_importing_is_quick_and_loads_nothing_heavy(tmp_path):
         "print(json.dumps([*times, sorted(sys.modules)]))"
     )
     _python(code, tmp_path)
-    runs = [json.loads(_python(code, tmp_path)) for _ in range(3)]
+    runs = [json.loads(_python(code, tmp_path)) for _ in range(5)]
     jax_seconds, seconds = (min(run[k] for run in runs) for k in (0, 1))
     # On a machine that imports JAX in 0.8 s or less; a slower one may take longer.
     assert seconds < 0.3 * max(1.0, jax_seconds / 0.8)

@@ -6,17 +6,19 @@ extension 1, itself msgpack of ``[shape, name of the dtype, bytes in row-major o
 """
 
 import os
-import sqlite3
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedjax_core.datasets import building, sqlite_files
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 TABLES = {"federated_data": ("client_id", "data", "num_examples")}
 _ARRAY = 1
@@ -53,7 +55,7 @@ def from_fedjax_sqlite(
     return building.from_clients(clients, name=name or Path(path).name.split(".")[0])
 
 
-def _clients(connection: sqlite3.Connection) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def _clients(connection: "sqlite3.Connection") -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     rows = connection.execute(
         "SELECT client_id, data, num_examples FROM federated_data ORDER BY client_id"
     )

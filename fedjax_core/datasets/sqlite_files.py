@@ -4,16 +4,18 @@ import contextlib
 import lzma
 import os
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
 from fedjax_core.datasets import checks
 from fedjax_core.errors import StorageError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _XZ_MAGIC = b"\xfd7zXZ\0"
@@ -35,7 +37,7 @@ def open_database(
     path: str | os.PathLike[str],
     tables: Mapping[str, tuple[str, ...]],
     temporary: Path | None = None,
-) -> Iterator[sqlite3.Connection]:
+) -> Iterator["sqlite3.Connection"]:
     """A read-only connection to a SQLite file, decompressed first if it is an .lzma or .xz.
 
     Args:
@@ -47,6 +49,8 @@ def open_database(
       StorageError: there is no such file, it is something else, it is cut off or damaged, or a
         table or column is missing. So is every error of SQLite inside the context.
     """
+    import sqlite3
+
     path = Path(path).expanduser()
     with _decompressed(path, temporary) as database:
         _check_magic(path, database)
@@ -134,7 +138,7 @@ def _check_magic(path: Path, database: Path) -> None:
 
 
 def _check_tables(
-    path: Path, connection: sqlite3.Connection, tables: Mapping[str, tuple[str, ...]]
+    path: Path, connection: "sqlite3.Connection", tables: Mapping[str, tuple[str, ...]]
 ) -> None:
     found = [row[0] for row in connection.execute("SELECT name FROM sqlite_master")]
     for table, columns in tables.items():

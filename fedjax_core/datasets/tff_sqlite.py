@@ -9,16 +9,18 @@ The examples are serialized `tf.train.Example` messages; TensorFlow is not neede
 """
 
 import os
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedjax_core.datasets import checks, sqlite_files, store
 from fedjax_core.datasets.federated import FederatedDataset
 from fedjax_core.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 Decode = Callable[[dict[str, Any]], dict[str, Any]]
 Row = tuple[str, bytes]
@@ -61,7 +63,7 @@ def from_tff_sqlite(
 
 
 def read_split(
-    connection: sqlite3.Connection,
+    connection: "sqlite3.Connection",
     split: str,
     allocate: store.Allocate,
     decode: Decode | None,
@@ -118,7 +120,7 @@ class _Placer:
         return self._free[client] - 1
 
 
-def _clients(connection: sqlite3.Connection, split: str) -> tuple[tuple[str, ...], np.ndarray]:
+def _clients(connection: "sqlite3.Connection", split: str) -> tuple[tuple[str, ...], np.ndarray]:
     rows = connection.execute(
         "SELECT client_id, num_examples FROM client_metadata WHERE split_name = ? "
         "ORDER BY client_id",
@@ -137,7 +139,7 @@ def _clients(connection: sqlite3.Connection, split: str) -> tuple[tuple[str, ...
     return tuple(row[0] for row in rows), np.asarray([row[1] for row in rows], np.int64)
 
 
-def _check_total(connection: sqlite3.Connection, split: str, stated: int) -> None:
+def _check_total(connection: "sqlite3.Connection", split: str, stated: int) -> None:
     """The split has the examples that it states: what is stated is what will be allocated."""
     query = "SELECT COUNT(*) FROM examples WHERE split_name = ?"
     (found,) = connection.execute(query, (split,)).fetchone()
@@ -148,7 +150,7 @@ def _check_total(connection: sqlite3.Connection, split: str, stated: int) -> Non
         )
 
 
-def _chunks(connection: sqlite3.Connection, split: str, total: int) -> Iterator[list[Row]]:
+def _chunks(connection: "sqlite3.Connection", split: str, total: int) -> Iterator[list[Row]]:
     from tqdm import tqdm
 
     # In the order of the table: sorting gigabytes of rows by client would take longer than parsing.
