@@ -21,8 +21,9 @@ import fedjax_core as fc
 from fedjax_core.compression.edges import PlacedKeys, downlink, uplink
 from fedjax_core.execution.config import HOST_DRIVEN
 
-# How many programs are drawn.
+# How many programs are drawn, by two tests at a time.
 NUM_PROGRAMS = int(os.environ.get("FEDJAX_CORE_NUM_PROGRAMS", "6"))
+NUM_PARTS = 2
 SIZE = 5
 KEY = fc.infer_type(jax.random.key(0))
 STACKED = fc.Execution(mode="stacked")
@@ -369,15 +370,18 @@ def exported(computation: fc.Computation, args: list[Any], valid: np.ndarray) ->
 
 # Without shrinking, which would compile programs for minutes: a failing program is printed whole.
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(NUM_PARTS))
 @settings(
-    max_examples=NUM_PROGRAMS,
+    max_examples=NUM_PROGRAMS // NUM_PARTS,
     deadline=None,
+    derandomize=False,  # or all parts would draw the same programs
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-def test_all_ways_to_run_a_program_agree(data):
+def test_all_ways_to_run_a_program_agree(part, data):
     """Each equals the reference interpreter, with any number of clients and any of them valid."""
+    del part
     num_clients = data.draw(st.integers(0, 7))
     mask = data.draw(st.lists(st.booleans(), min_size=num_clients, max_size=num_clients))
     valid = np.array(mask, bool) | data.draw(st.booleans())
