@@ -15,7 +15,6 @@ may count more than it sends.
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import wire
+from fedjax_core.compression.checks import told
 from fedjax_core.errors import CodecError
 
 
@@ -298,11 +298,15 @@ def check_codec(codec: Any, where: str) -> None:
     if isinstance(codec, Codec):
         return
     remedy = "pass one such as top_k(0.1)"
-    if callable(codec):
+    if isinstance(codec, str):
+        remedy = "a codec of this name is preset(name)"
+    elif hasattr(codec, "send"):
+        codec, remedy = codec.name, "it is for the way down: broadcast_codec takes it"
+    elif callable(codec):
         remedy = "call it, as in top_k(0.1)"
     elif isinstance(codec, list | tuple) and not hasattr(codec, "_fields"):
         remedy = "pass codecs, not a list: chain(...) makes one of several"
-    raise CodecError(f"expected a codec {where}, got {reprlib.repr(codec)}; {remedy}.")
+    raise CodecError(f"expected a codec {where}, got {told(codec)}; {remedy}.")
 
 
 def check_message(message: Message) -> Message:

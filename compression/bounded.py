@@ -24,7 +24,7 @@ from fedjax_core.compression.chain import chain
 from fedjax_core.compression.checks import whole
 from fedjax_core.compression.gaussian import bounded_levels
 from fedjax_core.compression.hadamard import hadamard_rotation
-from fedjax_core.compression.numerics import finite, is_drawn, ratio, wide
+from fedjax_core.compression.numerics import finite, is_drawn, narrow, ratio, wide
 from fedjax_core.compression.positions import Positions
 from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.sparse import largest_positions
@@ -125,4 +125,4 @@ def _dequantize(symbols: Symbols, side: _Side, levels: np.ndarray) -> jax.Array:
     restored = flat.at[side.positions.indices].set(
         side.outliers, indices_are_sorted=True, unique_indices=True
     )
-    return restored.reshape(symbols.codes.shape).astype(symbols.dtype)
+    return narrow(restored.reshape(symbols.codes.shape), symbols.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Traits
-from fedjax_core.compression.numerics import ratio, wide
+from fedjax_core.compression.numerics import narrow, ratio, wide
 from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
 
@@ -46,10 +46,7 @@ def bfloat16(*, min_size: int = 20_000) -> Codec:
 
     def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, tuple[()]]:
         del key
-        limit = float(jnp.finfo(jnp.bfloat16).max)
-        x = wide(tensor)
-        kept = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
-        codes = jax.lax.bitcast_convert_type(kept.astype(jnp.bfloat16), jnp.uint16)
+        codes = jax.lax.bitcast_convert_type(narrow(wide(tensor), jnp.bfloat16), jnp.uint16)
         return Symbols(codes, 16, np.dtype(tensor.dtype)), ()
 
     def decode_tensor(key: jax.Array, symbols: Symbols, side: tuple[()]) -> jax.Array:

@@ -25,6 +25,7 @@ from fedjax_core.compression.base import (
     identity,
     keep_total,
 )
+from fedjax_core.compression.checks import told
 from fedjax_core.errors import CodecError
 
 
@@ -225,7 +226,12 @@ def _join(parts: list[Any]) -> Any:
 
 def _split(joined: Any, count: int) -> tuple[Any, ...]:
     """The entries of what `_join` joined."""
-    return joined if joined else ((),) * count
+    if not isinstance(joined, tuple) or len(joined) not in (0, count):
+        raise CodecError(
+            f"expected one entry for each of the {count} stages of a chain, or (), got "
+            f"{told(joined)}; it belongs to another codec."
+        )
+    return joined or ((),) * count
 
 
 def _payload_type(codec: Codec, server: Any, memory: Any, template: Any) -> Any:

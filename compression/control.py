@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Report
-from fedjax_core.compression.checks import real
+from fedjax_core.compression.checks import real, shown
 from fedjax_core.errors import CodecError
 
 _SMALLEST, _LARGEST = 1e-3, 1e3
@@ -133,7 +133,7 @@ def fixed(step: float) -> Control:
       CodecError: the step is out of range.
     """
     own = _check_step("step", step)
-    return Control(f"{own:g}", lambda: (), None, lambda state, report, num_elements: state)
+    return Control(shown(own), lambda: (), None, lambda state, report, num_elements: state)
 
 
 def _towards(
@@ -155,7 +155,10 @@ def _towards(
 
 
 def _check_step(name: str, step: float) -> float:
-    hint = "it is in root mean squares of the whole value"
+    hint = (
+        "it is in root mean squares of the whole value; for one that changes take `scheduled`, "
+        "`target_rate` or `target_error`"
+    )
     return real(name, step, _SMALLEST, _LARGEST, hint)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from fedjax_core.compression.base import Codec, Rotated, Traits
 from fedjax_core.compression.chain import chain
+from fedjax_core.compression.checks import choice, shown
 from fedjax_core.compression.gaussian import lloyd_max, middles
 from fedjax_core.compression.hadamard import check_block, rotate, rotate_back
 from fedjax_core.compression.numerics import finite, norm, ratio
@@ -111,10 +112,9 @@ def eden(
     is_number = isinstance(bits, Real) and not isinstance(bits, bool)
     if not is_number or not (0 < bits < 1 or bits in (1, 2, 3, 4)):
         raise CodecError(f"expected bits to be 1, 2, 3, 4 or a number in (0, 1), got {bits!r}.")
-    if scale not in ("unbiased", "mmse"):
-        raise CodecError(f'expected scale to be "unbiased" or "mmse", got {scale!r}.')
+    choice("scale", scale, ("unbiased", "mmse"))
     size = check_block(block)
-    name = _name("eden", [f"bits={bits}"], scale, block)
+    name = _name("eden", [f"bits={shown(bits)}"], scale, block)
     if bits < 1:
         drawn = rand_k(bits, common=False, unbiased=scale == "unbiased", min_size=min_size)
         return chain(drawn, _eden("eden", 1, scale, size, min_size))._replace(name=name)

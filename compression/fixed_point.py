@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report, Traits, stateless
-from fedjax_core.compression.checks import flag, real, shown, whole
+from fedjax_core.compression.checks import check_given, flag, real, shown, whole
 from fedjax_core.compression.numerics import finite, round_stochastically, wide
 from fedjax_core.compression.selection import (
     check_min_size,
@@ -82,18 +82,25 @@ def fixed_point(
     fixed = None if limit is None else real("limit", limit, 1e-30, 1e30, unit)
     highest = (1 << (width - 1)) - 1
     flag("stochastic", stochastic)
+    options = "" if fixed is None else f", limit={shown(fixed)}"
+    options += "" if stochastic else ", stochastic=False"
+    name = f"fixed_point({width}{options})"
 
     def init(template: Any) -> tuple[Any, Any]:
         del template
         return (jnp.float32(1) if fixed is None else ()), ()
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
+        if fixed is None:
+            check_given("hints", name, hints, value)
         own = _step(hints, fixed, highest)
 
         def encode_tensor(index: int, tensor: jax.Array) -> tuple[Symbols, tuple[()]]:
-            position = wide(tensor) / own.astype(wide(tensor).dtype)
-            # An infinite element is one that is not finite, and a large one is clipped.
-            position = jnp.clip(finite(position), -highest, highest)
+            # Clipped before it is divided, which may overflow; an infinite element is marked.
+            x = finite(wide(tensor))
+            unit = own.astype(x.dtype)
+            position = jnp.clip(x, -highest * unit, highest * unit) / unit
+            position = jnp.clip(position, -highest, highest)
             key = jax.random.fold_in(keys.client, index)
             rounded = round_stochastically(key, position) if stochastic else jnp.round(position)
             return Symbols(rounded.astype(jnp.int32), width, np.dtype(tensor.dtype)), ()
@@ -116,10 +123,8 @@ def fixed_point(
         value = decode_linear(total, threshold, Symbols, decode_tensor)
         return (server if fixed is not None else _next_limit(server, marks[1:])), value
 
-    options = "" if fixed is None else f", limit={shown(fixed)}"
-    options += "" if stochastic else ", stochastic=False"
     codec = stateless(
-        f"fixed_point({width}{options})",
+        name,
         Traits(linear=True, summable=True),
         encode=lambda keys, value: Message(value),
         decode=lambda keys, message: message.payload,

@@ -36,13 +36,12 @@ from fedjax_core.compression.base import (
     keep_total,
     stateless,
 )
-from fedjax_core.compression.checks import whole
+from fedjax_core.compression.checks import check_given, choice, whole
 from fedjax_core.compression.contexts import entropy_bits
 from fedjax_core.compression.control import Control, fixed
-from fedjax_core.compression.numerics import divisor, finite, ratio, wide
+from fedjax_core.compression.numerics import divisor, finite, narrow, ratio, wide
 from fedjax_core.compression.planes import Planes, classified
 from fedjax_core.compression.wire import check_tensors
-from fedjax_core.errors import CodecError
 
 Candidates = Literal["low_rank", "direct", "both", "ledger"]
 
@@ -149,13 +148,12 @@ def flagship(
     """
     control = step if isinstance(step, Control) else fixed(step)
     own_rank = whole("rank", rank, 1, 256)
-    if candidates not in get_args(Candidates):
-        raise CodecError(
-            'expected candidates to be "low_rank", "direct", "both" or "ledger", got '
-            f"{candidates!r}."
-        )
+    choice("candidates", candidates, get_args(Candidates))
 
     learns = candidates == "ledger"
+    options = "" if rank == 16 else f", rank={own_rank}"
+    options += "" if candidates == "both" else f", candidates={candidates}"
+    name = f"flagship({control.name}{options})"
 
     def init(template: Any) -> tuple[Any, Any]:
         tensors = [_describe(leaf, own_rank, candidates) for leaf in jax.tree.leaves(template)]
@@ -167,6 +165,8 @@ def flagship(
         return step, choices.current(server[1]) if learns else ()
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
+        if control.step is not None or learns:
+            check_given("hints", name, hints, value)
         told, is_low_rank = hints or ((), ())
         own_step: Any = float(control.name) if control.step is None else told
         chosen = _Chosen(own_rank, candidates, is_low_rank)
@@ -181,10 +181,8 @@ def flagship(
         learned = choices.update(server[1], costs, report.count) if learns else ()
         return keep_total(key, (controlled, learned), total, report)
 
-    shown = "" if rank == 16 else f", rank={own_rank}"
-    shown += "" if candidates == "both" else f", candidates={candidates}"
     codec = stateless(
-        f"flagship({control.name}{shown})",
+        name,
         Traits(),
         encode=lambda keys, value: Message(value),
         decode=lambda keys, message: _decode(message.payload),
@@ -273,13 +271,13 @@ def _decode(contents: _Contents) -> Any:
         if tensor.rank:
             factors = low_rank.Factors(next(codes), next(codes), next(components))
             value = value + low_rank.product(factors)
-        found.append((scale * value).reshape(tensor.shape).astype(tensor.dtype))
+        found.append(narrow((scale * value).reshape(tensor.shape), tensor.dtype))
     vectors, begin = [jnp.ravel(x) for x in codes], 0
     for index, tensor in enumerate(contents.tensors):
         if tensor is not None and tensor.is_small:
             end = begin + math.prod(tensor.shape)
             part = scale * vectors[0][begin:end]
-            found[index] = part.reshape(tensor.shape).astype(tensor.dtype)
+            found[index] = narrow(part.reshape(tensor.shape), tensor.dtype)
             begin = end
     return jax.tree.unflatten(contents.structure, found)
 

@@ -26,7 +26,6 @@ References:
 
 import hashlib
 import math
-import reprlib
 import struct
 import zlib
 from collections.abc import Callable
@@ -47,7 +46,7 @@ from fedjax_core.compression.base import (
     from_bytes,
     to_bytes,
 )
-from fedjax_core.compression.checks import as_float
+from fedjax_core.compression.checks import as_float, told
 from fedjax_core.errors import CodecError
 
 _MAGIC, _VERSION = b"FC", 1
@@ -107,7 +106,7 @@ def frame(
             "make keys by jax.random.key(seed)."
         )
     if weight is not None and not _is_float32(weight):
-        got = reprlib.repr(weight)
+        got = told(weight)
         raise CodecError(f"expected weight to be a number that float32 holds, got {got}.")
     flags = _SEEDS * (keys is not None) | _WEIGHT * (weight is not None)
     parts = [
@@ -209,7 +208,9 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
 
 
 def _is_float32(weight: Any) -> bool:
-    return abs(as_float(weight)) <= float(np.finfo(np.float32).max)
+    exact = as_float(weight)
+    is_lost = exact != 0 and np.float32(exact) == 0
+    return abs(exact) <= float(np.finfo(np.float32).max) and not is_lost
 
 
 def _are_keys(keys: Any) -> bool:
@@ -293,7 +294,8 @@ def _varint(number: int) -> bytes:
 def _write_keys(keys: Keys) -> bytes:
     name = str(jax.random.key_impl(keys.shared))
     data = [np.asarray(jax.random.key_data(key)).astype("<u4") for key in keys]
-    if name not in _KEY_WORDS or any(x.shape != (_KEY_WORDS[name],) for x in data):
+    is_same = str(jax.random.key_impl(keys.client)) == name
+    if not is_same or name not in _KEY_WORDS or any(x.shape != (_KEY_WORDS[name],) for x in data):
         raise CodecError(
             f"expected two keys of one of {sorted(_KEY_WORDS)}, got {list(map(str, keys))}; pass "
             "two typed keys of the same kind, jax.random.key(seed)."

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Rotated, Traits, stateless
-from fedjax_core.compression.numerics import wide
+from fedjax_core.compression.numerics import narrow, wide
 from fedjax_core.compression.selection import check_min_size, decode_linear, encode_large
 from fedjax_core.errors import CodecError
 
@@ -103,7 +103,7 @@ def rotate_back(key: jax.Array, rotated: Rotated) -> jax.Array:
     """The tensor that was rotated with the same key."""
     blocks = hadamard_transform(rotated.values)
     flat = jnp.ravel(blocks * _signs(key, blocks))[: rotated.size]
-    return flat.reshape(rotated.shape).astype(rotated.dtype)
+    return narrow(flat.reshape(rotated.shape), rotated.dtype)
 
 
 def hadamard_transform(rows: jax.Array) -> jax.Array:

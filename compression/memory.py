@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Report, check_codec
+from fedjax_core.compression.checks import check_given
 from fedjax_core.errors import CodecError
 
 
@@ -63,6 +64,7 @@ def error_feedback(codec: Codec) -> Codec:
         return (), jax.tree.map(_nothing, template)
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
+        check_given("memory", f"error_feedback({codec.name})", memory, value)
         aim = jax.tree.map(_corrected, value, memory)
         _, message = codec.encode(keys, (), hints, aim)
         lost = jax.tree.map(_lost, memory, value, _received(codec, keys, hints, message))
@@ -120,6 +122,7 @@ def ef21(codec: Codec) -> Codec:
         return (believed, jnp.int32(0)), (believed, jnp.bool_(False))
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
+        check_given("memory", f"ef21({codec.name})", memory, value)
         believed, has_sent = memory
         aim = jax.tree.map(_difference, value, believed)
         _, message = codec.encode(keys, (), hints, aim)

@@ -9,6 +9,14 @@ def wide(tensor: jax.Array) -> jax.Array:
     return tensor.astype(jnp.float64 if tensor.dtype == jnp.float64 else jnp.float32)
 
 
+def narrow(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """In the dtype of a tensor; what is finite but too large for it becomes its largest number."""
+    if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+        return x.astype(dtype)
+    limit = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x).astype(dtype)
+
+
 def divisor(scale: jax.Array) -> jax.Array:
     """`scale`, or 1 where it is too small to divide by (devices may take subnormals for zero)."""
     return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, jnp.ones_like(scale))
@@ -44,6 +52,7 @@ def norm(tensor: jax.Array) -> jax.Array:
     """
     largest = jnp.max(jnp.abs(tensor), axis=-1, keepdims=True)
     scaled = ratio(tensor, largest)
+    largest = jnp.where(jnp.isfinite(largest), largest, jnp.nan)
     return largest * jnp.sqrt(jnp.sum(scaled * scaled, axis=-1, keepdims=True))
 
 

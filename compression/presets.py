@@ -25,6 +25,7 @@ from typing import TypeVar
 from fedjax_core.compression.base import Codec
 from fedjax_core.compression.bounded import bounded_support
 from fedjax_core.compression.chain import chain
+from fedjax_core.compression.checks import told
 from fedjax_core.compression.coding import ans
 from fedjax_core.compression.downlinks import Downlink, anchored, replica
 from fedjax_core.compression.eden import eden
@@ -74,7 +75,7 @@ def preset(name: str) -> Codec:
       >>> preset("dense_8bit").name
       'uniform_quantize(bits=8)'
     """
-    return _made(_PRESETS, name)
+    return _made(_PRESETS, name, "`downlink_preset` has those of the way down")
 
 
 def downlink_preset(name: str) -> Downlink:
@@ -93,11 +94,11 @@ def downlink_preset(name: str) -> Downlink:
       >>> downlink_preset("anchored").name
       'anchored(flagship(1, candidates=direct))'
     """
-    return _made(_DOWNLINKS, name)
+    return _made(_DOWNLINKS, name, "on the way down a codec, `preset(...)`, will do too")
 
 
-def _made(presets: dict[str, Callable[[], _T]], name: str) -> _T:
+def _made(presets: dict[str, Callable[[], _T]], name: str, others: str) -> _T:
     make = presets.get(name) if isinstance(name, str) else None
     if make is None:
-        raise CodecError(f"expected one of {', '.join(presets)}, got {name!r}.")
+        raise CodecError(f"expected one of {', '.join(presets)}, got {told(name)}; {others}.")
     return make()

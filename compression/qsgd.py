@@ -17,13 +17,7 @@ import numpy as np
 
 from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.checks import whole
-from fedjax_core.compression.numerics import (
-    finite,
-    norm,
-    ratio,
-    round_stochastically,
-    wide,
-)
+from fedjax_core.compression.numerics import finite, narrow, norm, ratio, round_stochastically, wide
 from fedjax_core.compression.selection import tensorwise
 from fedjax_core.compression.wire import Symbols
 
@@ -107,4 +101,4 @@ def _quantize(
 def _dequantize(symbols: Symbols, norms: jax.Array, levels: int, size: int) -> jax.Array:
     codes = _in_buckets(symbols.codes, size).astype(norms.dtype)
     flat = jnp.ravel((codes - levels) / levels * norms)[: symbols.codes.size]
-    return flat.reshape(symbols.codes.shape).astype(symbols.dtype)
+    return narrow(flat.reshape(symbols.codes.shape), symbols.dtype)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from fedjax_core.compression.base import Codec, Keys, Message, Survivors, Traits, stateless
 from fedjax_core.compression.checks import flag
+from fedjax_core.compression.numerics import narrow, wide
 from fedjax_core.compression.selection import check_min_size, decode_linear, encode_large
 from fedjax_core.compression.sparse import check_fraction, positions_of_largest, scatter
 
@@ -75,7 +76,7 @@ def rand_k(
             # An element that is not kept must not hide that it is not finite.
             kept = jnp.where(jnp.all(jnp.isfinite(flat)), kept, jnp.nan)
             factor = flat.size / kept.size if unbiased else 1
-            return Survivors(kept * factor, tensor.shape), ()
+            return Survivors(narrow(wide(kept) * factor, tensor.dtype), tensor.shape), ()
 
         return encode_large(value, threshold, encode_tensor)._replace(side=())
 

@@ -39,11 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Traits
-from fedjax_core.compression.checks import real, shown
+from fedjax_core.compression.checks import choice, real, shown
 from fedjax_core.compression.numerics import (
     centered_uniform,
     divisor,
     finite,
+    narrow,
     norm,
     ratio,
     round_stochastically,
@@ -165,11 +166,11 @@ class _Steps:
             inner = jnp.clip(symbols.codes.astype(jnp.int32), -_LAST_CENTROID, _LAST_CENTROID)
             beyond = symbols.codes.astype(side.dtype) * side[0]
             value = jnp.where(inner == symbols.codes, side[1:][inner + _LAST_CENTROID], beyond)
-            return value.astype(symbols.dtype)
+            return narrow(value, symbols.dtype)
         position = symbols.codes.astype(side.dtype)
         if self.rounding == "dither":
             position = position + centered_uniform(key, position)
-        return (position * side).astype(symbols.dtype)
+        return narrow(position * side, symbols.dtype)
 
     def _round(self, key: jax.Array, position: jax.Array) -> jax.Array:
         if self.rounding == "stochastic":
@@ -216,15 +217,8 @@ def _check_dead_zone(dead_zone: float) -> float:
 
 
 def _check_choices(grid: _Steps) -> None:
-    if grid.rounding not in ("nearest", "stochastic", "dither"):
-        raise CodecError(
-            f'expected rounding to be "nearest", "stochastic" or "dither", got {grid.rounding!r}.'
-        )
-    if grid.correction not in ("none", "centroids", "mmse", "alignment"):
-        raise CodecError(
-            'expected correction to be "none", "centroids", "mmse" or "alignment", got '
-            f"{grid.correction!r}."
-        )
+    choice("rounding", grid.rounding, ("nearest", "stochastic", "dither"))
+    choice("correction", grid.correction, ("none", "centroids", "mmse", "alignment"))
     is_plain = grid.correction == "none" and grid.dead_zone == 0
     if grid.rounding != "nearest" and not is_plain:
         raise CodecError(

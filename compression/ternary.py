@@ -21,7 +21,7 @@ import numpy as np
 
 from fedjax_core.compression.base import Codec, Traits
 from fedjax_core.compression.chain import chain
-from fedjax_core.compression.checks import real
+from fedjax_core.compression.checks import real, shown
 from fedjax_core.compression.numerics import (
     finite,
     norm,
@@ -46,7 +46,7 @@ def tern_grad(clip: float | None = 2.5, *, min_size: int = 20_000) -> Codec:
     elements.
 
     Args:
-      clip: in root mean squares of the tensor, at least 1; or None for no clipping, which alone is
+      clip: in root mean squares of the tensor, 1 to 1e6; or None for no clipping, which alone is
         unbiased.
       min_size: tensors with strictly more elements are quantised, the others and all integers
         travel raw.
@@ -69,13 +69,14 @@ def tern_grad(clip: float | None = 2.5, *, min_size: int = 20_000) -> Codec:
       >>> codec.decode(keys, (), message).tolist()
       [2.0, 0.0, -2.0]
     """
-    limit = None if clip is None else real("clip", clip, 1, hint="it is in root mean squares")
+    limit = None if clip is None else real("clip", clip, 1, 1e6, "it is in root mean squares")
 
     def encode_tensor(key: jax.Array, tensor: jax.Array) -> tuple[Symbols, jax.Array]:
         return _quantize(key, tensor, limit)
 
     traits = Traits(unbiased=limit is None)
-    return tensorwise(f"tern_grad(clip={clip})", traits, min_size, encode_tensor, _dequantize)
+    name = f"tern_grad(clip={None if limit is None else shown(limit)})"
+    return tensorwise(name, traits, min_size, encode_tensor, _dequantize)
 
 
 def sparse_ternary(fraction: float, *, min_size: int = 20_000) -> Codec:

@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression.base import Codec, Keys, Message, Traits, stateless
-from fedjax_core.compression.checks import flag, whole
+from fedjax_core.compression.checks import choice, flag, whole
 from fedjax_core.compression.numerics import (
     centered_uniform,
     finite,
+    narrow,
     round_stochastically,
     wide,
 )
@@ -102,8 +103,7 @@ def uniform_quantize(
       [0.0, 2.0, 2.0]
     """
     rounding = _check_rounding(rounding, flag("stochastic", stochastic))
-    if range not in ("min_max", "common"):
-        raise CodecError(f'expected range to be "min_max" or "common", got {range!r}.')
+    choice("range", range, ("min_max", "common"))
     grid = _Grid(whole("bits", bits, 1, _MAX_BITS), rounding, "dense")
     shown = "" if rounding == "stochastic" else f", rounding={rounding}"
     shown += "" if range == "min_max" else f", range={range}"
@@ -171,7 +171,7 @@ class _Grid:
         value = 2 * (0.5 * low + pinned(level * self._half_step(bounds)))
         if self.rounding != "dither":
             value = jnp.where(symbols.codes == self.last, high, value)
-        return value.astype(symbols.dtype)
+        return narrow(value, symbols.dtype)
 
     def _round(self, key: jax.Array, position: jax.Array) -> jax.Array:
         if self.rounding == "stochastic":
@@ -225,10 +225,7 @@ def _bounds(tensors: list[jax.Array]) -> jax.Array:
 
 
 def _check_rounding(rounding: Rounding, stochastic: bool) -> Rounding:
-    if rounding not in ("stochastic", "nearest", "dither"):
-        raise CodecError(
-            f'expected rounding to be "stochastic", "nearest" or "dither", got {rounding!r}.'
-        )
+    choice("rounding", rounding, ("stochastic", "nearest", "dither"))
     if rounding == "dither" and not stochastic:
         raise CodecError(
             'expected stochastic to be True with rounding="dither", got False; leave it out.'

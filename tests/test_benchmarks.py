@@ -24,6 +24,8 @@ workloads = importlib.import_module("workloads")
 environments = importlib.import_module("peers.environments")
 worker = importlib.import_module("peers.worker")
 simulation = importlib.import_module("simulation")
+engine_parts = importlib.import_module("benchmarks.engine_parts")
+measuring = importlib.import_module("benchmarks.measuring")
 rate_distortion = importlib.import_module("rate_distortion")
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -386,37 +388,37 @@ def test_a_figure_is_beside_its_limit():
 
 def test_ways_take_turns():
     turns = []
-    seconds = simulation.alternate(2, lambda: turns.append("a"), lambda: turns.append("b"))
+    seconds = measuring.alternate(2, lambda: turns.append("a"), lambda: turns.append("b"))
     assert turns == ["a", "b", "a", "b"]
     assert [len(x) for x in seconds] == [2, 2]
     # Twice as slow in the second repeat, both of them.
-    assert simulation.ratio([3.0, 6.0, 4.5], [1.0, 2.0, 1.5]) == pytest.approx(3.0)
+    assert measuring.ratio([3.0, 6.0, 4.5], [1.0, 2.0, 1.5]) == pytest.approx(3.0)
 
 
 def test_unequal_clients_are_those_stated():
-    lengths = simulation.unequal_lengths(200)
-    assert (lengths.min() >= 1, lengths.max() <= simulation.LARGEST) == (True, True)
+    lengths = measuring.unequal_lengths(200)
+    assert (lengths.min() >= 1, lengths.max() <= measuring.LARGEST) == (True, True)
     # The mean of 200 clipped draws: within four of its standard errors, 131 / sqrt(200).
-    assert abs(lengths.mean() - simulation.MEAN_SIZE) < 40
+    assert abs(lengths.mean() - measuring.MEAN_SIZE) < 40
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_executed_steps_are_counted(lanes):
     # Of 1, 1, 2 and 3 steps: beside the one of 3 runs that of 2, three steps long.
-    dataset = simulation.images(np.array([1, 20, 40, 41]))
-    executed = simulation.executed_steps(dataset, fc.Execution(lanes=lanes))
+    dataset = measuring.images(np.array([1, 20, 40, 41]))
+    executed = engine_parts.executed_steps(dataset, fc.Execution(lanes=lanes))
     assert executed == {1: 7, 2: 2 * 3 + 2 * 1}[lanes]
 
 
 def test_padded_training_is_local_training():
-    dataset = simulation.images(np.array([1, 41]))
+    dataset = measuring.images(np.array([1, 41]))
     model, optimizer = fc.models.linear(), optax.sgd(0.1)
-    ours = simulation.fed_avg(model, client_optimizer=optimizer)
-    work = simulation.padded_training(model, optimizer, num_steps=4)
-    padded = simulation.federated_learning(model, work, fc.aggregators.mean(), optax.sgd(1.0))
+    ours = measuring.fed_avg(model, client_optimizer=optimizer)
+    work = engine_parts.padded_training(model, optimizer, num_steps=4)
+    padded = engine_parts.federated_learning(model, work, fc.aggregators.mean(), optax.sgd(1.0))
     state, cohort = ours.init(jax.random.key(0)), dataset.cohort(dataset.client_ids)
     (a, metrics), (b, others) = ours.update(state, cohort), padded.update(state, cohort)
-    assert simulation.largest_difference(a.params, b.params) < 1e-6
+    assert measuring.largest_difference(a.params, b.params) < 1e-6
     assert metrics.train["num_batches"] == others.train["num_batches"] == 4
 
 

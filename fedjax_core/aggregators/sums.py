@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.aggregators.base import Aggregator, Measurements, is_present
-from fedjax_core.compression.base import Codec
+from fedjax_core.compression.base import Codec, check_codec
 from fedjax_core.compression.checks import flag
 from fedjax_core.compression.edges import PlacedKeys, check_adds, uplink
 from fedjax_core.errors import ArgumentError, CodecError
@@ -99,10 +99,8 @@ def unweighted_mean(codec: Codec | None = None, *, secure: bool = False) -> Aggr
 
 
 def _codec_init(codec: Codec | None, secure: bool, kind: Any, expected: str) -> Any:
-    if codec is not None and not isinstance(codec, Codec):
-        raise ArgumentError(
-            f"Expected a codec such as uniform_quantize(8), or None, got {codec!r}."
-        )
+    if codec is not None:
+        check_codec(codec, "of the updates, or None")
     flag("secure", secure)
     if secure and codec is None:
         raise ArgumentError(

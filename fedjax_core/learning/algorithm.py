@@ -293,7 +293,9 @@ def _check_parts(parts: Parts, execution: Execution) -> None:
         if not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             expected = " or ".join(each.__name__ for each in kinds)
-            raise ArgumentError(f"Expected {name} to be of type {expected}, got {value!r}.")
+            by_name = "; `downlink_preset` and `preset` make those with a name"
+            remedy = by_name if name == "broadcast_codec" else ""
+            raise ArgumentError(f"Expected {name} to be of type {expected}, got {value!r}{remedy}.")
 
 
 def _initializer(parts: Parts) -> Callable[[jax.Array], tuple[State, Memory]]:

@@ -94,8 +94,9 @@ def test_limit_of_zeros_stays():
     assert not np.any(total)
 
 
-def test_elements_beyond_the_limit_are_clipped():
-    x = np.full((CLIENTS, 100), 50.0, np.float32)
+@pytest.mark.parametrize("element", [50.0, 1e38])
+def test_elements_beyond_the_limit_are_clipped(element):
+    x = np.full((CLIENTS, 100), element, np.float32)
     np.testing.assert_allclose(summed(fixed_point(8, limit=4.0), True)(x)[1], 40.0, rtol=1e-6)
 
 

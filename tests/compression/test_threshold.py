@@ -34,6 +34,12 @@ def test_everything_of_a_zero_threshold_comes_back(round_trip, source):
     np.testing.assert_array_equal(round_trip(threshold(0.0, min_size=0), x), x)
 
 
+@pytest.mark.parametrize("other", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_travels_whole(round_trip, other):
+    x = jnp.array([1.0, 2.0, 3.0, other])
+    np.testing.assert_array_equal(round_trip(threshold(1.0, min_size=0), x), x)
+
+
 @pytest.mark.parametrize("limit", [-1.0, np.inf, np.nan, "1", True])
 def test_limits_out_of_range_are_refused(limit):
     with pytest.raises(CodecError, match="expected limit to be a number"):
