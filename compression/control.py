@@ -69,7 +69,7 @@ def target_rate(bits: float, *, start: float = 4.0) -> Control:
         total = report.bits.high.astype(jnp.float32) * 2.0**32 + report.bits.low.astype(jnp.float32)
         return total / (jnp.maximum(report.count, 1) * jnp.float32(num_elements))
 
-    return _towards(f"target_rate({aim:g})", start, measured, aim, _RATE_GAIN)
+    return _towards(f"target_rate({shown(aim)})", start, measured, aim, _RATE_GAIN)
 
 
 def target_error(error: float, *, start: float = 4.0) -> Control:
@@ -91,7 +91,7 @@ def target_error(error: float, *, start: float = 4.0) -> Control:
         del num_elements
         return report.stats / jnp.maximum(report.count, 1)
 
-    control = _towards(f"target_error({aim:g})", start, measured, aim, -_ERROR_GAIN)
+    control = _towards(f"target_error({shown(aim)})", start, measured, aim, -_ERROR_GAIN)
     return control._replace(needs_error=True)
 
 

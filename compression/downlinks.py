@@ -129,7 +129,8 @@ def anchored(codec: Codec) -> Downlink:
       What `fed_avg` takes as its `broadcast_codec`.
 
     Raises:
-      CodecError: `codec` is none, breaks its contract, or keeps state or memory.
+      CodecError: `codec` is none, or breaks its contract; who takes the result raises it for a
+        codec that keeps state or memory.
 
     Example:
       >>> from fedjax_core.compression import flagship
@@ -187,7 +188,8 @@ def replica(codec: Codec) -> Downlink:
       What `fed_avg` takes as its `broadcast_codec`.
 
     Raises:
-      CodecError: `codec` is none, breaks its contract, or keeps state or memory.
+      CodecError: `codec` is none, or breaks its contract; who takes the result raises it for a
+        codec that keeps state or memory.
     """
     check_codec(codec, "on the way down")
     codec = checked(codec)
