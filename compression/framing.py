@@ -209,8 +209,9 @@ def transport(codec: Codec, like: Message) -> tuple[Callable[[Any, int], Any], i
 
 def _is_float32(weight: Any) -> bool:
     exact = as_float(weight)
-    is_lost = exact != 0 and np.float32(exact) == 0
-    return abs(exact) <= float(np.finfo(np.float32).max) and not is_lost
+    if not abs(exact) <= float(np.finfo(np.float32).max):
+        return False
+    return exact == 0 or np.float32(exact) != 0
 
 
 def _are_keys(keys: Any) -> bool:
