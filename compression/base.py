@@ -301,7 +301,10 @@ def check_codec(codec: Any, where: str) -> None:
     if isinstance(codec, str):
         remedy = "a codec of this name is preset(name)"
     elif hasattr(codec, "send"):
-        codec, remedy = codec.name, "it is for the way down: broadcast_codec takes it"
+        codec, remedy = (
+            getattr(codec, "name", codec),
+            "it is for the way down: broadcast_codec takes it",
+        )
     elif callable(codec):
         remedy = "call it, as in top_k(0.1)"
     elif isinstance(codec, list | tuple) and not hasattr(codec, "_fields"):

@@ -25,7 +25,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_core.compression.base import Codec, Keys, Message, Report, check_codec
+from fedjax_core.compression.base import (
+    Codec,
+    Keys,
+    Message,
+    Report,
+    Rotated,
+    Survivors,
+    check_codec,
+)
 from fedjax_core.compression.checks import check_given
 from fedjax_core.errors import CodecError
 
@@ -168,6 +176,15 @@ def _check_contractive(codec: Codec, what: str) -> None:
 
 
 def _check_bare(codec: Codec, what: str, template: Any) -> None:
+    def is_moved(node: Any) -> bool:
+        return isinstance(node, Rotated | Survivors)
+
+    if any(map(is_moved, jax.tree.leaves(template, is_leaf=is_moved))):
+        raise CodecError(
+            f"expected {what} around a whole chain, got {what} of {codec.name} behind another "
+            "stage: what an element stands for there changes from round to round, and what is "
+            "remembered would be added to others."
+        )
     if jax.tree.leaves(codec.init(template)):
         raise CodecError(
             f"expected a codec without state or memory under {what}, got {codec.name}; put it "

@@ -13,6 +13,7 @@ from fedjax_core.compression import (
     common_seed,
     drive,
     eden,
+    ef21,
     error_feedback,
     fixed_point,
     hadamard_rotation,
@@ -94,6 +95,17 @@ def test_error_feedback_refuses_memory_and_state():
         error_feedback(error_feedback(top_k(0.1, min_size=0))).init(
             jax.ShapeDtypeStruct((64,), jnp.float32)
         )
+
+
+@pytest.mark.parametrize(
+    "first", [top_k(0.5, min_size=0), rand_k(0.5, min_size=0), hadamard_rotation(min_size=0)]
+)
+@pytest.mark.parametrize("memory", [error_feedback, ef21])
+def test_memory_stands_around_a_chain(first, memory):
+    """Behind a stage that moves elements, memory of one would be added to another."""
+    codec = chain(first, memory(scaled_sign(min_size=0)))
+    with pytest.raises(CodecError, match="around a whole chain, got .* behind another stage"):
+        codec.init(jnp.ones(8))
 
 
 def test_error_feedback_leaves_integers_alone():
