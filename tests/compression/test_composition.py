@@ -98,13 +98,19 @@ def test_error_feedback_refuses_memory_and_state():
 
 
 @pytest.mark.parametrize(
-    "first", [top_k(0.5, min_size=0), rand_k(0.5, min_size=0), hadamard_rotation(min_size=0)]
+    ("first", "memory"),
+    [
+        (top_k(0.5, min_size=0), error_feedback),
+        (hadamard_rotation(min_size=0), error_feedback),
+        (rand_k(0.5, min_size=0), error_feedback),
+        (rand_k(0.5, min_size=0), ef21),
+    ],
+    ids=lambda x: getattr(x, "name", None) or x.__name__,
 )
-@pytest.mark.parametrize("memory", [error_feedback, ef21])
 def test_memory_stands_around_a_chain(first, memory):
     """Behind a stage that moves elements, memory of one would be added to another."""
     codec = chain(first, memory(scaled_sign(min_size=0)))
-    with pytest.raises(CodecError, match="around a whole chain, got .* behind another stage"):
+    with pytest.raises(CodecError, match=r"around a whole chain, got .* behind another stage"):
         codec.init(jnp.ones(8))
 
 
