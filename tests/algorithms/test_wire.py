@@ -101,6 +101,7 @@ def check_same(wired, plain) -> None:
     ],
 )
 def test_presets_through_bytes(name):
+    """Reference case 13."""
     is_secure = name == "secure"
     plain = trained(CODECS[name], secure=is_secure)
     check_same(trained(CODECS[name], secure=is_secure, wire=True), plain)

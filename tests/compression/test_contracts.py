@@ -298,6 +298,7 @@ def as_bytes(tree) -> list[tuple]:
 
 @each_codec
 def test_bits_are_the_bytes_that_travel(codec):
+    """Reference case 12."""
     messages, counted = programs(codec).large
     for client in range(CLIENTS):
         bits = 8 * len(to_bytes(codec, one(messages, client)))

@@ -92,10 +92,15 @@ def test_any_indices(chosen):
 
 
 def test_gaps_of_a_hundredth_are_within_a_percent_of_the_least_possible():
-    """8.0793 bits a position, by log2 of the binomial coefficient; indices take 21."""
+    """8.0793 bits a position, by log2 of the binomial coefficient; indices take 21.
+
+    Reference case 6: the naive 64 bits an element, 1,064,576, and one index for all, 32 k + 21, are
+    what others count.
+    """
     size, count = 1_663_370, 16_634
     bits = int(counter(size)(random_indices(count, size).astype(np.int32)))
     assert bits / count == pytest.approx(8.108, abs=0.02)
+    assert 32 * count + 21 < 32 * count + bits < 64 * count == 1_064_576
 
 
 def test_counts_map_over_clients():
