@@ -318,7 +318,7 @@ MISUSE = {
     "order": (lambda: zero_by_norm(1.0, order=3), "order"),
     "initial estimate": (lambda: quantile(0.0, 0.5), "initial_estimate"),
     "target": (lambda: quantile(1.0, 1.5), "target_quantile"),
-    "no codec": (lambda: mean(codec=8), "uniform_quantize"),
+    "no codec": (lambda: mean(codec=8), "expected a codec of the updates, or None, got 8"),
     "mean of integers": (lambda: as_computation(mean(), np.int32), "floating-point"),
     "plain mean of integers": (
         lambda: as_computation(unweighted_mean(), {"n": np.int32}),
