@@ -133,11 +133,13 @@ def measurer(codec: Codec) -> Any:
 
 
 def goal(study: tuple[tuple[float, float], ...], distortion: float) -> float | None:
-    """The study's rate at a distortion; None outside of its points."""
+    """The study's rate at a distortion, at most that of its best point; None above all of them."""
     if len(study) == 1:
         return study[0][0] if distortion <= study[0][1] * 1.05 + 1e-9 else None
     points = sorted((math.log(d), math.log(r)) for r, d in study)
     at = math.log(max(distortion, 1e-12))
+    if at < points[0][0]:  # who is better has to get by with the rate of the best
+        return math.exp(points[0][1])
     for (d0, r0), (d1, r1) in itertools.pairwise(points):
         if d0 <= at <= d1:
             return math.exp(r0 + (r1 - r0) * (at - d0) / (d1 - d0))

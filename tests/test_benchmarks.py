@@ -27,6 +27,7 @@ simulation = importlib.import_module("simulation")
 engine_parts = importlib.import_module("benchmarks.engine_parts")
 measuring = importlib.import_module("benchmarks.measuring")
 rate_distortion = importlib.import_module("rate_distortion")
+real_updates = importlib.import_module("real_updates")
 sys.path.remove(str(ROOT / "benchmarks"))
 
 TINY = workloads.quick(workloads.WORKLOADS["linear_100"])
@@ -484,3 +485,11 @@ def test_a_codec_is_measured_from_its_bytes():
     assert measured.rate == (8 * -(-x.size // 8) + 32) / x.size
     assert measured.error == pytest.approx(1 - 2 / np.pi, rel=0.01)
     assert measured.is_counted
+
+
+def test_goals_lie_on_a_line_in_logarithms():
+    study = ((4.0, 0.01), (1.0, 0.09))
+    assert real_updates.goal(study, 0.03) == pytest.approx(2.0)
+    assert real_updates.goal(study, 0.001) == pytest.approx(4.0)
+    assert real_updates.goal(study, 0.1) is None
+    assert real_updates.goal(((18.0, 0.0),), 0.0) == 18.0

@@ -84,6 +84,9 @@ def test_tables_of_the_readme_are_those_of_the_benchmarks(monkeypatch):
     against_bits = module_of("accuracy_vs_bits", monkeypatch)
     shown = output_block("accuracy_vs_bits", (ROOT / "docs" / "compression.md").read_text())
     assert shown == against_bits.table(results_of("accuracy_vs_bits")["results"])
+    updates = module_of("real_updates", monkeypatch)
+    shown = output_block("real_updates", (ROOT / "docs" / "compression.md").read_text())
+    assert shown == updates.table(results_of("real_updates")["results"])
     simulation = module_of("simulation", monkeypatch)
     assert output_block("simulation") == simulation.table(results_of("simulation"))
 
