@@ -74,7 +74,7 @@ WAYS = {
     "sparse ternary 1 %, error feedback": Way(
         lambda: error_feedback(sparse_ternary(0.01, min_size=0))
     ),
-    "flagship(2.5)": Way(lambda: flagship(2.5), least=(300, 1), lost=0.3),
+    "flagship(2)": Way(lambda: flagship(2.0), least=(300, 1), lost=0.3),
     "flagship(5)": Way(lambda: flagship(5.0), least=(600, 1), lost=0.5),
     "flagship(12.8)": Way(lambda: flagship(12.8), least=(1500, 1), lost=1.0),
     "anchored": Way(down=anchored, least=(1, 32), lost=0.5),

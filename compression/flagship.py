@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_core.compression import choices, low_rank
+from fedjax_core.compression.alike import map_alike
 from fedjax_core.compression.base import (
     Codec,
     Keys,
@@ -218,27 +219,12 @@ def _encode(
     described = [t for t in tensors if t is not None]
     unit, is_finite = _unit(floats, step)
     positions = [jnp.clip(finite(ratio(x, unit)), -_LARGEST, _LARGEST) for x in floats]
-    matrices, components, vectors, costs = [], [], [], []
-    aligned = squares = jnp.float32(0)
-    for index, (tensor, p) in enumerate(zip(described, positions, strict=True)):
-        if tensor.is_small:
-            vectors.append(jnp.ravel(p))
-            continue
-        p = p.reshape(low_rank.matrix_shape(tensor.shape))
-        own_key = jax.random.fold_in(key, index)
-        if tensor.has_choice and chosen.candidates == "ledger":
-            sent = list(_one_way(chosen.is_low_rank[len(costs)], own_key, tensor, p))
-            costs.append(sum(_cost(x) for x in sent) + jnp.sum(p * p))
-        else:
-            sent = _candidates(own_key, tensor, p)
-        if len(sent) == 2 and chosen.candidates == "both":
-            sent = _better(*sent)
-        for each in sent:
-            # Factors lean to other sides, and have other periods.
-            num_left = p.shape[0] if each.scales is not None else each.codes.shape[0]
-            matrices += [x for x in (each.codes[:num_left], each.codes[num_left:]) if x.size]
-            components += [] if each.scales is None else [each.scales.astype(jnp.bfloat16)]
-            aligned, squares = aligned + each.aligned, squares + each.squares
+    sent, costs = _sent(key, described, positions, chosen)
+    matrices = [codes for each in sent for codes in each.codes]
+    components = [each.scales.astype(jnp.bfloat16) for each in sent if each.scales is not None]
+    aligned = sum((each.aligned for each in sent), jnp.float32(0))
+    squares = sum((each.squares for each in sent), jnp.float32(0))
+    vectors = [jnp.ravel(p) for t, p in zip(described, positions, strict=True) if t.is_small]
     if vectors:
         p = jnp.concatenate(vectors)
         padded = jnp.pad(p, (0, -p.size % _WIDTH)).reshape(-1, _WIDTH)
@@ -260,42 +246,76 @@ def _decode(contents: _Contents) -> Any:
     planes = [] if contents.planes is None else [plane.codes for plane in contents.planes.planes]
     codes = iter([jnp.asarray(x).astype(jnp.float32) for x in planes])
     components = iter(jnp.asarray(x).astype(jnp.float32) for x in contents.components)
-    scale = jnp.asarray(contents.scale)
+    large = [t for t in contents.tensors if t is not None and not t.is_small]
+    direct, factors = [], []
+    for tensor in large:
+        direct.append(next(codes) if tensor.is_direct else ())
+        held = tensor.rank > 0
+        factors.append((next(codes), next(codes), next(components)) if held else ())
+    matrices = iter(map_alike(_stands_for, direct, factors))
+    vectors, begin = next(codes, jnp.zeros(0)).ravel(), 0
     others, found = iter(contents.others), []
     for tensor in contents.tensors:
-        if tensor is None or tensor.is_small:
-            found.append(next(others) if tensor is None else None)
+        if tensor is None:
+            found.append(next(others))
             continue
-        shape = low_rank.matrix_shape(tensor.shape)
-        value = next(codes) if tensor.is_direct else jnp.zeros(shape, jnp.float32)
-        if tensor.rank:
-            factors = low_rank.Factors(next(codes), next(codes), next(components))
-            value = value + low_rank.product(factors)
-        found.append(narrow((scale * value).reshape(tensor.shape), tensor.dtype))
-    vectors, begin = [jnp.ravel(x) for x in codes], 0
-    for index, tensor in enumerate(contents.tensors):
-        if tensor is not None and tensor.is_small:
+        if tensor.is_small:
             end = begin + math.prod(tensor.shape)
-            part = scale * vectors[0][begin:end]
-            found[index] = narrow(part.reshape(tensor.shape), tensor.dtype)
-            begin = end
+            value, begin = vectors[begin:end], end
+        else:
+            value = next(matrices)
+        value = jnp.asarray(contents.scale) * value
+        found.append(narrow(value.reshape(tensor.shape), tensor.dtype))
     return jax.tree.unflatten(contents.structure, found)
+
+
+def _stands_for(direct: Any, factors: Any) -> jax.Array:
+    """The matrix of its own symbols, and of those of its factors; without any they are ()."""
+    if not factors:
+        return direct
+    product = low_rank.product(low_rank.Factors(*factors))
+    return product if isinstance(direct, tuple) else direct + product
 
 
 class _Symbols(NamedTuple):
     """One way to send a matrix.
 
     Attributes:
-      codes: int32, of the matrix or of its stacked factors.
+      codes: int32, of the matrix, or of each of its factors.
       scales: of the factors, None without.
       aligned: <p, what the symbols stand for>.
       squares: |what the symbols stand for|^2.
     """
 
-    codes: jax.Array
+    codes: tuple[jax.Array, ...]
     scales: jax.Array | None
     aligned: jax.Array
     squares: jax.Array
+
+
+def _sent(
+    key: jax.Array, tensors: list[_Tensor], positions: list[jax.Array], chosen: _Chosen
+) -> tuple[list[_Symbols], list[jax.Array]]:
+    """How all large tensors are sent, and what a ledger learns of it."""
+    learns = chosen.candidates == "ledger"
+    large = [index for index, tensor in enumerate(tensors) if not tensor.is_small]
+    keys = [jax.random.fold_in(key, index) for index in large]
+    matrices = [positions[i].reshape(low_rank.matrix_shape(tensors[i].shape)) for i in large]
+    told = iter(chosen.is_low_rank)
+    choices = [next(told) if learns and tensors[index].has_choice else () for index in large]
+
+    def send(key: jax.Array, p: jax.Array, is_low_rank: Any) -> tuple[list[_Symbols], Any]:
+        tensor = _describe(p, chosen.rank, chosen.candidates)
+        assert tensor is not None, "a matrix holds floating numbers"
+        if learns and tensor.has_choice:
+            ways = _one_way(is_low_rank, key, tensor, p)
+            return ways, sum(_cost(x) for x in ways) + jnp.sum(p * p)
+        ways = _candidates(key, tensor, p)
+        return _better(*ways) if len(ways) == 2 else ways, ()
+
+    found = map_alike(send, keys, matrices, choices)
+    costs = [cost for _, cost in found if isinstance(cost, jax.Array)]
+    return [each for ways, _ in found for each in ways], costs
 
 
 def _candidates(key: jax.Array, tensor: _Tensor, p: jax.Array) -> list[_Symbols]:
@@ -310,7 +330,7 @@ def _candidates(key: jax.Array, tensor: _Tensor, p: jax.Array) -> list[_Symbols]
 def _direct(p: jax.Array) -> _Symbols:
     codes = _rounded(p)
     squares = jnp.sum(jnp.square(codes.astype(p.dtype)))
-    return _Symbols(codes, None, jnp.sum(p * codes), squares)
+    return _Symbols((codes,), None, jnp.sum(p * codes), squares)
 
 
 def _low_rank(key: jax.Array, p: jax.Array, rank: int) -> _Symbols:
@@ -320,9 +340,9 @@ def _low_rank(key: jax.Array, p: jax.Array, rank: int) -> _Symbols:
     scales = jnp.where(scales >= _SMALLEST_COMPONENT, scales, 0)
     left = factors.left * (low_rank.inverse(factors.scales) * scales)[None]
     right = jnp.where(scales[None] > 0, factors.right, 0)
-    codes = _rounded(jnp.concatenate([left, right]))
-    sent_left = codes[: left.shape[0]] * low_rank.inverse(scales)[None]
-    sent_right = codes[left.shape[0] :].astype(p.dtype)
+    codes = _rounded(left), _rounded(right)
+    sent_left = codes[0] * low_rank.inverse(scales)[None]
+    sent_right = codes[1].astype(p.dtype)
     aligned = jnp.sum(low_rank.multiply(p.T, sent_left) * sent_right)
     grams = [low_rank.multiply(x.T, x) for x in (sent_left, sent_right)]
     return _Symbols(codes, scales, aligned, jnp.sum(grams[0] * grams[1]))
@@ -337,14 +357,16 @@ def _better(*sent: _Symbols) -> list[_Symbols]:
     ]
 
 
-def _one_way(is_low_rank: jax.Array, key: jax.Array, tensor: _Tensor, p: jax.Array) -> Any:
+def _one_way(
+    is_low_rank: jax.Array, key: jax.Array, tensor: _Tensor, p: jax.Array
+) -> list[_Symbols]:
     """Both ways to send a matrix, one of them with zeros in the place of symbols."""
     direct, factors = jax.eval_shape(lambda: tuple(_candidates(key, tensor, p)))
     empty = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in (direct, factors)]
     return jax.lax.cond(
         is_low_rank,
-        lambda: (empty[0], _low_rank(key, p, tensor.rank)),
-        lambda: (_direct(p), empty[1]),
+        lambda: [empty[0], _low_rank(key, p, tensor.rank)],
+        lambda: [_direct(p), empty[1]],
     )
 
 
@@ -353,8 +375,9 @@ def _cost(sent: _Symbols) -> jax.Array:
     return sent.squares - 2 * sent.aligned + _expected_bits(sent.codes) / _BITS_PER_ERROR
 
 
-def _expected_bits(codes: jax.Array) -> jax.Array:
+def _expected_bits(matrices: tuple[jax.Array, ...]) -> jax.Array:
     """About the bits that symbols take, from some of the rows of a long matrix."""
+    codes = jnp.concatenate(matrices)
     stride = max(codes.shape[0] // _NUM_SAMPLED, 1)
     return stride * entropy_bits(codes[::stride])
 

@@ -16,7 +16,9 @@ References:
 import dataclasses
 import functools
 import math
-from typing import Any, Self
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ import numpy as np
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import contexts as model
 from fedjax_core.compression import questions, rans
+from fedjax_core.compression.alike import map_alike
 from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
 from fedjax_core.compression.contexts import NUM_ABOVE, NUM_CONTEXTS, Plane
 from fedjax_core.compression.frequencies import whole_bits
@@ -61,26 +64,16 @@ class Planes(Packed):
 
     def count(self) -> BitCount:
         """See `Packed`."""
-        tallies = [model.tally(plane) for plane in self.planes]
-        symbols = _sum([found.symbols for found in tallies])
-        rows = _sum([model.count_rows(plane) for plane in self.planes])
+        found = map_alike(_count_one, self.planes)
+        symbols, rows, own, extra, heads, held = map(_sum, zip(*found, strict=True))
         used = _count(jnp.sum(jnp.sum(symbols[0], axis=0) > 0, dtype=jnp.uint32))
         fixed = len(self.planes) + NUM_ABOVE * NUM_QUESTIONS * LEVEL_BITS + NUM_CONTEXTS
-        head = BitCount.of(fixed) + used.times(NUM_QUESTIONS * LEVEL_BITS)
+        head = heads + BitCount.of(fixed) + used.times(NUM_QUESTIONS * LEVEL_BITS)
         # -log2 of the probability of each answer, rounded up.
-        ideal = _ideal(symbols, jnp.asarray(self.levels).T)
+        ideal = own + _ideal(symbols, jnp.asarray(self.levels).T)
         ideal = ideal + _ideal(rows, jnp.asarray(self.row_levels).T)
-        extra = BitCount.zero()
-        for plane, found in zip(self.planes, tallies, strict=True):
-            has_level = jnp.asarray(plane.signs) > 0
-            coded = jnp.where(has_level[None], found.signs, 0)
-            ideal = ideal + _ideal(coded[None], jnp.asarray(plane.signs)[None])
-            plain = jnp.where(has_level, 0, jnp.sum(found.signs, axis=0))
-            extra = extra + total(plain) + _escaped_bits(plane.codes)
-            head = head + _head_bits(plane)
         state = whole_bits(ideal) + BitCount.of(rans.STATE_BITS)
-        holds_any = jnp.any(jnp.stack([model.holds_any(plane) for plane in self.planes]))
-        state = jax.tree.map(lambda word: jnp.where(holds_any, word, 0), state)
+        state = jax.tree.map(lambda word: jnp.where(held > 0, word, 0), state)
         parts = [head.whole_bytes(), state.whole_bytes(), extra.whole_bytes()]
         return sum(parts, BitCount.of(8 * (_NUM_BYTES_SIZE + 1)))
 
@@ -197,10 +190,13 @@ def classified(matrices: list[jax.Array]) -> Planes:
       >>> int(planes.count()), len(planes.to_bytes())
       (272, 34)
     """
-    planes = tuple(model.classify(matrix) for matrix in matrices)
-    symbols = _sum([model.tally(plane).symbols for plane in planes])
-    rows = _sum([model.count_rows(plane) for plane in planes])
-    return Planes(planes, _levels(symbols), _levels(rows))
+
+    def answers(matrix: jax.Array) -> tuple[Plane, jax.Array, jax.Array]:
+        plane = model.classify(matrix)
+        return plane, model.tally(plane).symbols, model.count_rows(plane)
+
+    planes, symbols, rows = zip(*map_alike(answers, matrices), strict=True)
+    return Planes(planes, _levels(_sum(symbols)), _levels(_sum(rows)))
 
 
 def _levels(answers: jax.Array) -> jax.Array:
@@ -211,6 +207,41 @@ def _levels(answers: jax.Array) -> jax.Array:
     no, yes = answers[:, 0].astype(jnp.float32), answers[:, 1].astype(jnp.float32)
     is_used = jnp.sum(answers[0], axis=0) > 0
     return jnp.where(is_used[None], questions.nearest_level(no, yes), 0).T
+
+
+class _Counted(NamedTuple):
+    """What is counted of a plane.
+
+    Attributes:
+      symbols: how often each answer about an element is given, see `contexts`.
+      rows: about a row.
+      signs: the bits of signs that are coded.
+      plain: of what stands as it is.
+      head: of how the plane is coded.
+      is_held: 1 if it holds anything.
+    """
+
+    symbols: jax.Array
+    rows: jax.Array
+    signs: BitCount
+    plain: BitCount
+    head: BitCount
+    is_held: jax.Array
+
+
+def _count_one(plane: Plane) -> _Counted:
+    found = model.tally(plane)
+    has_level = jnp.asarray(plane.signs) > 0
+    coded = jnp.where(has_level[None], found.signs, 0)
+    plain = jnp.where(has_level, 0, jnp.sum(found.signs, axis=0))
+    return _Counted(
+        found.symbols,
+        model.count_rows(plane),
+        _ideal(coded[None], jnp.asarray(plane.signs)[None]),
+        total(plain) + _escaped_bits(plane.codes),
+        _head_bits(plane),
+        model.holds_any(plane).astype(jnp.uint32),
+    )
 
 
 def _ideal(answers: jax.Array, levels: jax.Array) -> BitCount:
@@ -329,5 +360,5 @@ def _count(number: jax.Array) -> BitCount:
     return BitCount(jnp.zeros_like(number), number)
 
 
-def _sum(parts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
+def _sum(parts: Iterable[Any]) -> Any:
+    return functools.reduce(operator.add, parts)

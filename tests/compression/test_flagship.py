@@ -1,6 +1,7 @@
 """The flagship codec: one step for all tensors, factors of large ones, exact sizes."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +227,41 @@ def rounds(codec, num_rounds: int):
         server, _ = codec.finish(KEYS.shared, server, values[0], report)
         history.append((np.mean(bits) / size, np.mean(errors)))
     return history
+
+
+def layers(num: int) -> list[jax.Array]:
+    return [update(seed, ("kernel",))["kernel"][:, :60] for seed in range(num)]
+
+
+@pytest.mark.parametrize("candidates", ["both", pytest.param("ledger", marks=pytest.mark.slow)])
+def test_layers_of_one_shape_are_sent_as_each_alone(monkeypatch, candidates):
+    codec, value = flagship(0.5, candidates=candidates), layers(3)
+    message, bits, received = send(codec, value)
+    assert 8 * len(to_bytes(codec, message)) == int(bits)
+    for own, found in zip(value, received, strict=True):
+        assert lost(own, found) < 0.1
+
+    def one_by_one(function, *arguments):
+        return [function(*item) for item in zip(*arguments, strict=True)]
+
+    for module in ("flagship", "planes"):
+        module = importlib.import_module(f"fedjax_core.compression.{module}")
+        monkeypatch.setattr(module, "map_alike", one_by_one)
+    alone, _, expected = send(flagship(0.5, candidates=candidates), value)
+    flipped = [
+        np.mean(a.codes != b.codes)
+        for a, b in zip(message.payload.planes.planes, alone.payload.planes.planes, strict=True)
+    ]
+    # Products of matrices may be added up in another order, and an element rounded otherwise.
+    assert max(flipped) < 1e-3
+    assert lost(expected, received) < 1e-4
+
+
+def test_layers_of_one_shape_are_traced_once():
+    def size(num):
+        return len(str(jax.make_jaxpr(sender(flagship(0.5)))(layers(num))))
+
+    assert size(12) - size(6) < 0.3 * size(6)
 
 
 @pytest.mark.slow
