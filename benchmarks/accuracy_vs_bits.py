@@ -77,6 +77,8 @@ WAYS = {
     "flagship(2)": Way(lambda: flagship(2.0), least=(300, 1), lost=0.3),
     "flagship(5)": Way(lambda: flagship(5.0), least=(600, 1), lost=0.5),
     "flagship(12.8)": Way(lambda: flagship(12.8), least=(1500, 1), lost=1.0),
+    "flagship(5), stochastic": Way(lambda: flagship(5.0, rounding="stochastic")),
+    "flagship(12.8), stochastic": Way(lambda: flagship(12.8, rounding="stochastic")),
     "anchored": Way(down=anchored, least=(1, 32), lost=0.5),
     "replica": Way(down=lambda: compression.downlink_preset("replica")),
     "flagship(5), anchored": Way(lambda: flagship(5.0), anchored),

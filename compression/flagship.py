@@ -9,6 +9,9 @@ distributes the bits over all tensors as reverse water-filling does. Components 
 are left out. What symbols stand for is stretched by a until it is as long in the direction of x as
 x itself: of messages that are averaged, errors cancel and a shrinkage does not.
 
+With stochastic rounding a takes what symbols stand for in the mean: E A_k B_k^T is that of the
+factors, since both are rounded independently, and only components that are left out are lost.
+
 References:
   Cover, Thomas. Elements of information theory, section 10.3.3 (reverse water-filling).
 
@@ -40,11 +43,19 @@ from fedjax_core.compression.base import (
 from fedjax_core.compression.checks import check_given, choice, whole
 from fedjax_core.compression.contexts import entropy_bits
 from fedjax_core.compression.control import Control, fixed
-from fedjax_core.compression.numerics import divisor, finite, narrow, ratio, wide
+from fedjax_core.compression.numerics import (
+    divisor,
+    finite,
+    narrow,
+    ratio,
+    round_stochastically,
+    wide,
+)
 from fedjax_core.compression.planes import Planes, classified
 from fedjax_core.compression.wire import check_tensors
 
 Candidates = Literal["low_rank", "direct", "both", "ledger"]
+FlagshipRounding = Literal["nearest", "stochastic"]
 
 # Symbols of larger magnitudes would not fit their codes.
 _LARGEST = float(2**24)
@@ -112,7 +123,11 @@ class _Contents:
 
 
 def flagship(
-    step: float | Control = 4.0, *, rank: int = 16, candidates: Candidates = "both"
+    step: float | Control = 4.0,
+    *,
+    rank: int = 16,
+    candidates: Candidates = "both",
+    rounding: FlagshipRounding = "nearest",
 ) -> Codec:
     """Sends all floating tensors with one step, large matrices by their factors of low rank.
 
@@ -131,6 +146,10 @@ def flagship(
         have no low rank; ``"direct"``; the better one of ``"both"``, which every sender finds for
         each matrix; or as the ``"ledger"`` of earlier rounds says, in which each way was tried: a
         sender then computes one of them, and tells what it cost, 32 bits for each matrix.
+      rounding: of symbols. ``"nearest"`` loses least of one message, and what it loses, weak
+        directions and tensors, is lost by all senders alike. ``"stochastic"``, by the sender's key,
+        loses more at more bits, but what is left averages out; see "Accuracy against bits" in
+        docs/compression.md.
 
     Returns:
       The codec. A value that holds a NaN or an infinity decodes to NaN everywhere.
@@ -150,10 +169,12 @@ def flagship(
     control = step if isinstance(step, Control) else fixed(step)
     own_rank = whole("rank", rank, 1, 256)
     choice("candidates", candidates, get_args(Candidates))
+    choice("rounding", rounding, get_args(FlagshipRounding))
 
     learns = candidates == "ledger"
     options = "" if rank == 16 else f", rank={own_rank}"
     options += "" if candidates == "both" else f", candidates={candidates}"
+    options += "" if rounding == "nearest" else f", rounding={rounding}"
     name = f"flagship({control.name}{options})"
 
     def init(template: Any) -> tuple[Any, Any]:
@@ -170,8 +191,8 @@ def flagship(
             check_given("hints", name, hints, value)
         told, is_low_rank = hints or ((), ())
         own_step: Any = float(control.name) if control.step is None else told
-        chosen = _Chosen(own_rank, candidates, is_low_rank)
-        contents, error, costs = _encode(keys.shared, value, own_step, chosen)
+        chosen = _Chosen(own_rank, candidates, rounding == "stochastic", is_low_rank)
+        contents, error, costs = _encode(keys, value, own_step, chosen)
         stats = (error if control.needs_error else (), costs if learns else ())
         return memory, Message(contents, stats=stats)
 
@@ -199,16 +220,18 @@ class _Chosen(NamedTuple):
     Attributes:
       rank: of the factors.
       candidates: see `flagship`.
+      is_stochastic: whether symbols are rounded so.
       is_low_rank: bool ``[matrices]`` with the candidates of a ledger.
     """
 
     rank: int
     candidates: str
+    is_stochastic: bool
     is_low_rank: Any
 
 
 def _encode(
-    key: jax.Array, value: Any, step: float | jax.Array, chosen: _Chosen
+    keys: Keys, value: Any, step: float | jax.Array, chosen: _Chosen
 ) -> tuple[_Contents, jax.Array, jax.Array]:
     """What a message holds, its squared error relative to the squared norm, and what ways cost."""
     check_tensors(value)
@@ -219,7 +242,7 @@ def _encode(
     described = [t for t in tensors if t is not None]
     unit, is_finite = _unit(floats, step)
     positions = [jnp.clip(finite(ratio(x, unit)), -_LARGEST, _LARGEST) for x in floats]
-    sent, costs = _sent(key, described, positions, chosen)
+    sent, costs = _sent(keys, described, positions, chosen)
     matrices = [codes for each in sent for codes in each.codes]
     components = [each.scales.astype(jnp.bfloat16) for each in sent if each.scales is not None]
     aligned = sum((each.aligned for each in sent), jnp.float32(0))
@@ -228,9 +251,10 @@ def _encode(
     if vectors:
         p = jnp.concatenate(vectors)
         padded = jnp.pad(p, (0, -p.size % _WIDTH)).reshape(-1, _WIDTH)
-        matrices.append(_rounded(padded))
-        aligned = aligned + jnp.sum(padded * matrices[-1])
-        squares = squares + jnp.sum(jnp.square(matrices[-1].astype(padded.dtype)))
+        own = jax.random.fold_in(keys.client, len(floats)) if chosen.is_stochastic else ()
+        all_vectors = _direct(_Random(keys.shared, own), padded)
+        matrices += all_vectors.codes
+        aligned, squares = aligned + all_vectors.aligned, squares + all_vectors.squares
     energy = sum((jnp.sum(p * p) for p in positions), jnp.float32(0))
     stretch = jnp.where(aligned > 0, energy / divisor(aligned), 0)
     scale = jnp.where(is_finite, unit * stretch, jnp.nan).astype(jnp.float32)
@@ -283,7 +307,7 @@ class _Symbols(NamedTuple):
     Attributes:
       codes: int32, of the matrix, or of each of its factors.
       scales: of the factors, None without.
-      aligned: <p, what the symbols stand for>.
+      aligned: <p, what the symbols stand for>, that of its mean where they are random.
       squares: |what the symbols stand for|^2.
     """
 
@@ -294,56 +318,78 @@ class _Symbols(NamedTuple):
 
 
 def _sent(
-    key: jax.Array, tensors: list[_Tensor], positions: list[jax.Array], chosen: _Chosen
+    keys: Keys, tensors: list[_Tensor], positions: list[jax.Array], chosen: _Chosen
 ) -> tuple[list[_Symbols], list[jax.Array]]:
     """How all large tensors are sent, and what a ledger learns of it."""
     learns = chosen.candidates == "ledger"
     large = [index for index, tensor in enumerate(tensors) if not tensor.is_small]
-    keys = [jax.random.fold_in(key, index) for index in large]
+    starts = [jax.random.fold_in(keys.shared, index) for index in large]
+    owns: list[Any] = [
+        jax.random.fold_in(keys.client, index) if chosen.is_stochastic else () for index in large
+    ]
     matrices = [positions[i].reshape(low_rank.matrix_shape(tensors[i].shape)) for i in large]
     told = iter(chosen.is_low_rank)
     choices = [next(told) if learns and tensors[index].has_choice else () for index in large]
 
-    def send(key: jax.Array, p: jax.Array, is_low_rank: Any) -> tuple[list[_Symbols], Any]:
+    def send(
+        start: jax.Array, own: Any, p: jax.Array, is_low_rank: Any
+    ) -> tuple[list[_Symbols], Any]:
         tensor = _describe(p, chosen.rank, chosen.candidates)
         assert tensor is not None, "a matrix holds floating numbers"
         if learns and tensor.has_choice:
-            ways = _one_way(is_low_rank, key, tensor, p)
+            ways = _one_way(is_low_rank, _Random(start, own), tensor, p)
             return ways, sum(_cost(x) for x in ways) + jnp.sum(p * p)
-        ways = _candidates(key, tensor, p)
+        ways = _candidates(_Random(start, own), tensor, p)
         return _better(*ways) if len(ways) == 2 else ways, ()
 
-    found = map_alike(send, keys, matrices, choices)
+    found = map_alike(send, starts, owns, matrices, choices)
     costs = [cost for _, cost in found if isinstance(cost, jax.Array)]
     return [each for ways, _ in found for each in ways], costs
 
 
-def _candidates(key: jax.Array, tensor: _Tensor, p: jax.Array) -> list[_Symbols]:
+class _Random(NamedTuple):
+    """The randomness of one matrix.
+
+    Attributes:
+      start: of the search for its factors.
+      own: of rounding; () for the nearest.
+    """
+
+    start: jax.Array
+    own: Any
+
+
+def _candidates(keys: _Random, tensor: _Tensor, p: jax.Array) -> list[_Symbols]:
     found = []
     if tensor.is_direct:
-        found.append(_direct(p))
+        found.append(_direct(keys, p))
     if tensor.rank:
-        found.append(_low_rank(key, p, tensor.rank))
+        found.append(_low_rank(keys, p, tensor.rank))
     return found
 
 
-def _direct(p: jax.Array) -> _Symbols:
-    codes = _rounded(p)
+def _direct(keys: _Random, p: jax.Array) -> _Symbols:
+    codes = _rounded(keys.own, p)
     squares = jnp.sum(jnp.square(codes.astype(p.dtype)))
-    return _Symbols((codes,), None, jnp.sum(p * codes), squares)
+    return _Symbols((codes,), None, jnp.sum(p * _mean(keys.own, codes, p)), squares)
 
 
-def _low_rank(key: jax.Array, p: jax.Array, rank: int) -> _Symbols:
-    factors = low_rank.factorize(key, p, rank)
+def _low_rank(keys: _Random, p: jax.Array, rank: int) -> _Symbols:
+    factors = low_rank.factorize(keys.start, p, rank)
     # As they are sent, so that their rounding costs nothing.
     scales = factors.scales.astype(jnp.bfloat16).astype(jnp.float32)
     scales = jnp.where(scales >= _SMALLEST_COMPONENT, scales, 0)
     left = factors.left * (low_rank.inverse(factors.scales) * scales)[None]
     right = jnp.where(scales[None] > 0, factors.right, 0)
-    codes = _rounded(left), _rounded(right)
-    sent_left = codes[0] * low_rank.inverse(scales)[None]
-    sent_right = codes[1].astype(p.dtype)
-    aligned = jnp.sum(low_rank.multiply(p.T, sent_left) * sent_right)
+    own_left, own_right = (
+        jax.random.split(keys.own) if not isinstance(keys.own, tuple) else ((), ())
+    )
+    codes = _rounded(own_left, left), _rounded(own_right, right)
+    shrunk = low_rank.inverse(scales)[None]
+    sent_left, sent_right = codes[0] * shrunk, codes[1].astype(p.dtype)
+    mean_left = _mean(own_left, sent_left, left * shrunk)
+    mean_right = _mean(own_right, sent_right, right)
+    aligned = jnp.sum(low_rank.multiply(p.T, mean_left) * mean_right)
     grams = [low_rank.multiply(x.T, x) for x in (sent_left, sent_right)]
     return _Symbols(codes, scales, aligned, jnp.sum(grams[0] * grams[1]))
 
@@ -358,15 +404,15 @@ def _better(*sent: _Symbols) -> list[_Symbols]:
 
 
 def _one_way(
-    is_low_rank: jax.Array, key: jax.Array, tensor: _Tensor, p: jax.Array
+    is_low_rank: jax.Array, keys: _Random, tensor: _Tensor, p: jax.Array
 ) -> list[_Symbols]:
     """Both ways to send a matrix, one of them with zeros in the place of symbols."""
-    direct, factors = jax.eval_shape(lambda: tuple(_candidates(key, tensor, p)))
+    direct, factors = jax.eval_shape(lambda: tuple(_candidates(keys, tensor, p)))
     empty = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for x in (direct, factors)]
     return jax.lax.cond(
         is_low_rank,
-        lambda: [empty[0], _low_rank(key, p, tensor.rank)],
-        lambda: [_direct(p), empty[1]],
+        lambda: [empty[0], _low_rank(keys, p, tensor.rank)],
+        lambda: [_direct(keys, p), empty[1]],
     )
 
 
@@ -382,8 +428,15 @@ def _expected_bits(matrices: tuple[jax.Array, ...]) -> jax.Array:
     return stride * entropy_bits(codes[::stride])
 
 
-def _rounded(p: jax.Array) -> jax.Array:
-    return jnp.round(p).astype(jnp.int32)
+def _rounded(own: Any, p: jax.Array) -> jax.Array:
+    """Symbols, rounded to the nearest without a key."""
+    rounded = jnp.round(p) if isinstance(own, tuple) else round_stochastically(own, p)
+    return rounded.astype(jnp.int32)
+
+
+def _mean(own: Any, sent: jax.Array, meant: jax.Array) -> jax.Array:
+    """The mean of what is sent over the keys of rounding; without one, what is sent."""
+    return sent if isinstance(own, tuple) else meant
 
 
 def _unit(tensors: list[jax.Array], step: float | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -229,6 +229,48 @@ def rounds(codec, num_rounds: int):
     return history
 
 
+def test_random_rounding_averages_out():
+    """The error of a mean falls to what is left out; that of rounding to the nearest stays."""
+    value, errors = update(), {}
+    for rounding in ("nearest", "stochastic"):
+        codec = flagship(3.0, rounding=rounding)
+
+        @jax.jit
+        def send_all(keys, codec=codec):
+            def one(own):
+                _, message = codec.encode(Keys(jax.random.key(0), own), (), (), value)
+                return codec.decode(Keys(jax.random.key(0), own), (), message)
+
+            return jax.lax.map(one, keys)
+
+        received = jax.device_get(send_all(jax.random.split(jax.random.key(1), 64)))
+        mean = jax.tree.map(lambda x: np.mean(np.float64(x), axis=0), received)
+        single = jax.tree.map(lambda x: x[0], received)
+        errors[rounding] = lost(value, single), lost(value, mean)
+    assert errors["nearest"][1] == pytest.approx(errors["nearest"][0], rel=1e-6)
+    assert errors["nearest"][0] < errors["stochastic"][0]
+    assert errors["stochastic"][1] < errors["nearest"][0] / 3
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        "low_rank",
+        pytest.param("ledger", marks=pytest.mark.slow),
+        pytest.param("both", marks=pytest.mark.slow),
+    ],
+)
+def test_random_symbols_are_counted_and_written(candidates):
+    codec, value = flagship(2.0, candidates=candidates, rounding="stochastic"), update()
+    message, bits, received = send(codec, value)
+    data = to_bytes(codec, message)
+    assert 8 * len(data) == int(bits)
+    read = from_bytes(codec, data, like=jax.eval_shape(lambda: message))
+    for a, b in zip(jax.tree.leaves(message), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert lost(value, received) < 0.5
+
+
 def layers(num: int) -> list[jax.Array]:
     return [update(seed, ("kernel",))["kernel"][:, :60] for seed in range(num)]
 
@@ -332,6 +374,7 @@ def test_a_round_without_messages_changes_nothing():
         (lambda: flagship("fine"), "expected step to be a number"),
         (lambda: flagship(rank=0), "expected rank to be an integer from 1 to 256"),
         (lambda: flagship(candidates="all"), 'expected candidates to be "low_rank", "direct"'),
+        (lambda: flagship(rounding="dither"), 'expected rounding to be "nearest" or "stochastic"'),
         (lambda: target_rate(0), "expected bits to be a number"),
         (lambda: target_error(-1), "expected error to be a number"),
         (lambda: target_rate(0.1, start=np.inf), "expected start to be a number"),
