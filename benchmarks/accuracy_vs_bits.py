@@ -66,6 +66,11 @@ def anchored() -> Downlink:
     return compression.downlink_preset("anchored")
 
 
+def stochastic(step: float) -> Codec:
+    """The flagship with random rounding."""
+    return flagship(step, rounding="stochastic")
+
+
 WAYS = {
     RAW: Way(),
     "tff_8bit": Way(lambda: preset("tff_8bit")),
@@ -77,8 +82,10 @@ WAYS = {
     "flagship(2)": Way(lambda: flagship(2.0), least=(300, 1), lost=0.3),
     "flagship(5)": Way(lambda: flagship(5.0), least=(600, 1), lost=0.5),
     "flagship(12.8)": Way(lambda: flagship(12.8), least=(1500, 1), lost=1.0),
-    "flagship(5), stochastic": Way(lambda: flagship(5.0, rounding="stochastic")),
-    "flagship(12.8), stochastic": Way(lambda: flagship(12.8, rounding="stochastic")),
+    "flagship(5), stochastic": Way(lambda: stochastic(5.0), least=(300, 1), lost=0.3),
+    "flagship(12.8), stochastic": Way(lambda: stochastic(12.8), least=(600, 1), lost=0.5),
+    "flagship(30), stochastic": Way(lambda: stochastic(30.0), least=(1500, 1), lost=1.0),
+    "flagship(60), stochastic": Way(lambda: stochastic(60.0)),
     "anchored": Way(down=anchored, least=(1, 32), lost=0.5),
     "replica": Way(down=lambda: compression.downlink_preset("replica")),
     "flagship(5), anchored": Way(lambda: flagship(5.0), anchored),

@@ -167,10 +167,10 @@ def tally(plane: Plane) -> Tally:
 
     def by_class(sums: jax.Array) -> jax.Array:
         """The sum over each pair of classes."""
-        return jnp.sum(sums[:, :, None] * columns[None], axis=1)
+        return jnp.sum(sums[:, :, None] * columns[None], axis=1, dtype=jnp.uint32)
 
-    num_rows = jnp.sum(rows.astype(jnp.uint32), axis=0)
-    elements = num_rows[:, None] * jnp.sum(columns, axis=0)[None]
+    num_rows = jnp.sum(rows, axis=0, dtype=jnp.uint32)
+    elements = num_rows[:, None] * jnp.sum(columns, axis=0, dtype=jnp.uint32)[None]
     some, negative = two(magnitudes >= 1, codes < 0)
     above_one, escaped = map(by_class, two(magnitudes >= 2, magnitudes >= ESCAPE))
     above_zero = by_class(some)
@@ -187,7 +187,7 @@ def tally(plane: Plane) -> Tally:
     for row in range(NUM_ROW_CLASSES - 1):
         begin = ROW_STEP * row
         found = found.at[:, :, begin : begin + width].add(pairs[:, :, row])
-    some, negative = jnp.sum(some, axis=0), jnp.sum(negative, axis=0)
+    some, negative = (jnp.sum(x, axis=0, dtype=jnp.uint32) for x in (some, negative))
     return Tally(found, jnp.stack([some - negative, negative]))
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_core.compression.base import Report
-from fedjax_core.compression.checks import real, shown
+from fedjax_core.compression.checks import real, shown, told
 from fedjax_core.errors import CodecError
 
 _SMALLEST, _LARGEST = 1e-3, 1e3
@@ -48,6 +48,9 @@ class Control(NamedTuple):
 
 def target_rate(bits: float, *, start: float = 4.0) -> Control:
     """Holds the size of a message at so many bits for each element of the value.
+
+    Rates below that of the largest step, where hardly more than the largest element is sent, are
+    not reached; with stochastic rounding that is several times higher than to the nearest.
 
     Args:
       bits: of an element, in the mean of a round's messages, 1e-4 to 32.
@@ -118,11 +121,29 @@ def scheduled(schedule: Callable[[jax.Array], jax.Array]) -> Control:
             f"expected a function from a round to a step, got {schedule!r}; pass a schedule such "
             "as optax.linear_schedule(4.0, 16.0, transition_steps=30)."
         )
+
+    def step(state: jax.Array) -> jax.Array:
+        found = schedule(state)
+        try:
+            step = jnp.asarray(found, jnp.float32)
+        except (TypeError, ValueError) as error:
+            raise _no_step(found) from error
+        if step.shape:
+            raise _no_step(found)
+        return _within(step)
+
     return Control(
         "scheduled(...)",
         init=lambda: jnp.int32(0),
-        step=lambda state: _within(jnp.asarray(schedule(state), jnp.float32)),
+        step=step,
         update=lambda state, report, num_elements: state + 1,
+    )
+
+
+def _no_step(found: Any) -> CodecError:
+    return CodecError(
+        f"expected one number from the schedule of steps, got {told(found)}; return a scalar, as "
+        "optax.linear_schedule(4.0, 16.0, transition_steps=30) does."
     )
 
 

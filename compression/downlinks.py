@@ -26,8 +26,10 @@ import jax.numpy as jnp
 from fedjax_core.bits import BitCount
 from fedjax_core.compression import wire
 from fedjax_core.compression.base import Codec, Message, check_codec
+from fedjax_core.compression.checks import told
 from fedjax_core.compression.contract import checked
 from fedjax_core.compression.edges import PlacedKeys, downlink, encoded, received
+from fedjax_core.errors import CodecError
 from fedjax_core.language import inference
 from fedjax_core.language.messages import broadcast_message, sum_messages
 from fedjax_core.language.operators import federated_broadcast, federated_map
@@ -250,15 +252,34 @@ def _broadcast(
 
 
 def difference(value: Any, base: Any) -> Any:
-    """What is sent: of floating leaves the difference, others as they are."""
-    return jax.tree.map(lambda x, y: x - pinned(y) if _is_floating(x) else x, value, base)
+    """What is sent: of floating leaves the difference, others as they are.
+
+    Raises:
+      CodecError: the base has another structure, other shapes or dtypes.
+    """
+    found, expected = (jax.tree.map(_kind, tree) for tree in (value, base))
+    if found != expected:
+        raise CodecError(
+            f"expected a value like the first one, which a seed makes, {told(expected)}, got "
+            f"{told(found)}; initialize with the shapes and dtypes of what is trained."
+        )
+    return jax.tree.map(lambda x, y: x - _usable(y) if _is_floating(x) else x, value, base)
 
 
 def moved(base: Any, received: Any) -> Any:
     """What undoes `difference`, to the bit the same wherever it is computed."""
     return jax.tree.map(
-        lambda x, y: pinned(x) + pinned(y) if _is_floating(x) else y, base, received
+        lambda x, y: _usable(x) + pinned(y) if _is_floating(x) else y, base, received
     )
+
+
+def _usable(base: jax.Array) -> jax.Array:
+    """What differences are taken to: 0 where a round was not finite, which the next one mends."""
+    return pinned(jnp.where(jnp.isfinite(base), base, 0))
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], str]:
+    return jnp.shape(x), jnp.result_type(x).name
 
 
 def _is_floating(x: jax.Array) -> bool:

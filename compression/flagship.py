@@ -40,7 +40,7 @@ from fedjax_core.compression.base import (
     keep_total,
     stateless,
 )
-from fedjax_core.compression.checks import check_given, choice, whole
+from fedjax_core.compression.checks import check_given, choice, told, whole
 from fedjax_core.compression.contexts import entropy_bits
 from fedjax_core.compression.control import Control, fixed
 from fedjax_core.compression.numerics import (
@@ -53,10 +53,12 @@ from fedjax_core.compression.numerics import (
 )
 from fedjax_core.compression.planes import Planes, classified
 from fedjax_core.compression.wire import check_tensors
+from fedjax_core.errors import CodecError
 
 Candidates = Literal["low_rank", "direct", "both", "ledger"]
 FlagshipRounding = Literal["nearest", "stochastic"]
 
+_MOST = float(jnp.finfo(jnp.float32).max)
 # Symbols of larger magnitudes would not fit their codes.
 _LARGEST = float(2**24)
 # Components below so many steps are left out.
@@ -152,10 +154,12 @@ def flagship(
         docs/compression.md.
 
     Returns:
-      The codec. A value that holds a NaN or an infinity decodes to NaN everywhere.
+      The codec. A value that holds a NaN, or a number that is infinite in float32, decodes to NaN
+      everywhere.
 
     Raises:
-      CodecError: an argument is out of range; a leaf to encode is not an array.
+      CodecError: an argument is out of range; a leaf to encode is not an array; hints are not
+        those of the value.
 
     Example:
       >>> codec = flagship(1.0)
@@ -178,19 +182,21 @@ def flagship(
     name = f"flagship({control.name}{options})"
 
     def init(template: Any) -> tuple[Any, Any]:
+        check_tensors(template)
         tensors = [_describe(leaf, own_rank, candidates) for leaf in jax.tree.leaves(template)]
         num_choices = sum(t is not None and t.has_choice for t in tensors)
         return (control.init(), choices.init(num_choices) if learns else ()), ()
 
-    def hints(server: tuple[Any, Any]) -> tuple[Any, Any]:
+    def hints_of(server: tuple[Any, Any]) -> tuple[Any, Any]:
         step = () if control.step is None else control.step(server[0])
         return step, choices.current(server[1]) if learns else ()
 
     def encode(keys: Keys, memory: Any, hints: Any, value: Any) -> tuple[Any, Message]:
         if control.step is not None or learns:
             check_given("hints", name, hints, value)
-        told, is_low_rank = hints or ((), ())
-        own_step: Any = float(control.name) if control.step is None else told
+            _check_hints(name, hints, jax.eval_shape(lambda: hints_of(init(value)[0])))
+        given_step, is_low_rank = hints or ((), ())
+        own_step: Any = float(control.name) if control.step is None else given_step
         chosen = _Chosen(own_rank, candidates, rounding == "stochastic", is_low_rank)
         contents, error, costs = _encode(keys, value, own_step, chosen)
         stats = (error if control.needs_error else (), costs if learns else ())
@@ -211,7 +217,21 @@ def flagship(
     )._replace(encode=encode)
     if control.step is None and not learns:
         return codec
-    return codec._replace(init=init, hints=hints, finish=finish)
+    return codec._replace(init=init, hints=hints_of, finish=finish)
+
+
+def _check_hints(name: str, hints: Any, expected: Any) -> None:
+    if isinstance(hints, tuple) and not hints:
+        return
+    if jax.tree.structure(hints) != jax.tree.structure(expected) or any(
+        jnp.shape(x) != y.shape
+        for x, y in zip(jax.tree.leaves(hints), jax.tree.leaves(expected), strict=True)
+    ):
+        raise CodecError(
+            f"expected hints of {name} for this value, a step and a way for each of its matrices, "
+            f"like {told(expected)}, got {told(hints)}; make them by `codec.hints(server)` with "
+            "the server of `codec.init` of a value of these shapes."
+        )
 
 
 class _Chosen(NamedTuple):
@@ -257,11 +277,12 @@ def _encode(
         aligned, squares = aligned + all_vectors.aligned, squares + all_vectors.squares
     energy = sum((jnp.sum(p * p) for p in positions), jnp.float32(0))
     stretch = jnp.where(aligned > 0, energy / divisor(aligned), 0)
-    scale = jnp.where(is_finite, unit * stretch, jnp.nan).astype(jnp.float32)
+    scale = jnp.where(is_finite, jnp.minimum(unit * stretch, _MOST), jnp.nan).astype(jnp.float32)
     planes = classified(matrices) if matrices else None
     # With <Q, x> = |x|^2 the error is |Q|^2 - |x|^2; what is empty has none.
     error = jnp.where(aligned > 0, stretch * stretch * squares / divisor(energy) - 1, 1)
-    error = jnp.where(energy > 0, jnp.maximum(error, 0), 0).astype(jnp.float32)
+    error = jnp.where(energy > 0, jnp.maximum(error, 0), jnp.where(unit > 0, 1, 0))
+    error = jnp.where(is_finite, error, jnp.nan).astype(jnp.float32)
     contents = _Contents(scale, tuple(components), planes, others, structure, tensors)
     return contents, error, jnp.stack(costs) if costs else jnp.zeros(0)
 
@@ -288,7 +309,7 @@ def _decode(contents: _Contents) -> Any:
             value, begin = vectors[begin:end], end
         else:
             value = next(matrices)
-        value = jnp.asarray(contents.scale) * value
+        value = jnp.clip(jnp.asarray(contents.scale) * value, -_MOST, _MOST)
         found.append(narrow(value.reshape(tensor.shape), tensor.dtype))
     return jax.tree.unflatten(contents.structure, found)
 
@@ -328,8 +349,8 @@ def _sent(
         jax.random.fold_in(keys.client, index) if chosen.is_stochastic else () for index in large
     ]
     matrices = [positions[i].reshape(low_rank.matrix_shape(tensors[i].shape)) for i in large]
-    told = iter(chosen.is_low_rank)
-    choices = [next(told) if learns and tensors[index].has_choice else () for index in large]
+    given = iter(chosen.is_low_rank)
+    choices = [next(given) if learns and tensors[index].has_choice else () for index in large]
 
     def send(
         start: jax.Array, own: Any, p: jax.Array, is_low_rank: Any

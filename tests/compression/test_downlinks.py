@@ -21,6 +21,7 @@ from fedjax_core.compression import (
     top_k,
     uniform_quantize,
 )
+from fedjax_core.compression.downlinks import difference
 from fedjax_core.errors import ArgumentError, CodecError
 
 KEY = jax.random.key(0)
@@ -158,6 +159,26 @@ def test_replicas_follow_without_adding_up_errors():
         check_same(received, server[0])
         errors.append(float(jnp.mean((received["w"] - value["w"]) ** 2)))
     assert max(errors[6:]) < 2 * np.mean(errors[:3])
+
+
+@pytest.mark.parametrize("wrap", [anchored, replica])
+def test_a_round_that_is_not_finite_is_mended_by_the_next(wrap):
+    send, server = sender(wrap(flagship(0.1, candidates="direct")))
+    value, anyone = initialize(KEY), 0 if wrap is anchored else BitCount.zero()
+    bad = value | {"w": value["w"].at[0].set(jnp.nan)}
+    for number, sent in enumerate((value, bad, value, value)):
+        key = jax.random.fold_in(KEY, number)
+        server, _, received, _ = send(server, key, sent, [anyone] * 2)
+    for name, x in value.items():
+        np.testing.assert_allclose(received[name], x, atol=0.1 * float(jnp.max(jnp.abs(x))))
+
+
+@pytest.mark.parametrize(
+    "other", [{"w": jnp.ones((40, 1))}, {"w": jnp.ones((40, 30), jnp.float16)}, {"more": 1.0}]
+)
+def test_a_value_unlike_the_first_one_is_refused(other):
+    with pytest.raises(CodecError, match="expected a value like the first one"):
+        difference(initialize(KEY) | other, initialize(KEY))
 
 
 def test_who_missed_rounds_is_sent_what_it_missed_or_everything():

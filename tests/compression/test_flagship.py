@@ -199,6 +199,30 @@ def test_the_scale_does_not_matter(scale):
     )
 
 
+def test_the_largest_numbers_stay_finite():
+    x = np.float32([3.4e38, *[1e38] * 7])
+    _, _, received = send(flagship(4.0), {"x": jnp.asarray(x), "y": jnp.full((64, 32), x[0])})
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(received))
+
+
+@pytest.mark.parametrize(("x", "expected"), [([0.0, 0.0], 0.0), ([1.0, np.nan], np.nan)])
+def test_the_error_that_is_told(x, expected):
+    message, _, _ = send(flagship(target_error(0.1)), jnp.float32(x))
+    np.testing.assert_equal(float(message.stats[0]), expected)
+
+
+def test_hints_of_another_value_are_refused():
+    value = update(names=FEW)
+    codec = flagship(1.0, candidates="ledger")
+    server, _ = codec.init(value)
+    with pytest.raises(CodecError, match=r"expected hints of flagship.*for this value"):
+        codec.encode(KEYS, (), codec.hints(server), value | {"other": value["kernel"]})
+    with pytest.raises(CodecError, match="expected hints of flagship"):
+        codec.encode(KEYS, (), jnp.float32(1), value)
+    with pytest.raises(CodecError, match="expected every leaf to be an array"):
+        codec.init({"a": 1.0})
+
+
 def test_half_precision_comes_back_in_its_dtype():
     value = jax.tree.map(lambda x: x.astype(jnp.bfloat16), update(names=FEW))
     _, _, received = send(CODECS["low_rank"], value)
@@ -356,6 +380,14 @@ def test_a_schedule_makes_steps():
     rates = [rate for rate, _ in history]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 1.5 * rates[-1]
+
+
+@pytest.mark.parametrize("steps", [jnp.ones(2), None, "fine"])
+def test_a_schedule_of_other_things_is_refused(steps):
+    codec = flagship(scheduled(lambda round_number: steps))
+    server, _ = codec.init(update())
+    with pytest.raises(CodecError, match="expected one number from the schedule of steps"):
+        codec.hints(server)
 
 
 def test_a_round_without_messages_changes_nothing():
