@@ -29,12 +29,16 @@ def codecs(sizes: Sizes) -> Found:
     dataset = prototypes(sizes).on_device()
     cohort = dataset.cohort(dataset.client_ids)
     nearest = compression.uniform_quantize(8, stochastic=False)
-    low_rank, ledger = (compression.flagship(candidates=name) for name in ("low_rank", "ledger"))
+    flagship = compression.flagship
     uplinks = {
         "dense_8bit, to the nearest": nearest,
         **PRESET_CODECS,
-        "flagship, low rank alone": low_rank,
-        "flagship, by the ledger": ledger,
+        "flagship, low rank alone": flagship(candidates="low_rank"),
+        "flagship, by the ledger": flagship(candidates="ledger"),
+        "flagship, stochastic": flagship(rounding="stochastic"),
+        "flagship, stochastic, low rank alone": flagship(
+            candidates="low_rank", rounding="stochastic"
+        ),
     }
     limits = {
         "dense_8bit, to the nearest": 1.05,
