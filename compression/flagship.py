@@ -46,9 +46,11 @@ from fedjax_core.compression.control import Control, fixed
 from fedjax_core.compression.numerics import (
     divisor,
     finite,
+    largest,
     narrow,
     ratio,
     round_stochastically,
+    total,
     wide,
 )
 from fedjax_core.compression.planes import Planes, classified
@@ -275,7 +277,7 @@ def _encode(
         all_vectors = _direct(_Random(keys.shared, own), padded)
         matrices += all_vectors.codes
         aligned, squares = aligned + all_vectors.aligned, squares + all_vectors.squares
-    energy = sum((jnp.sum(p * p) for p in positions), jnp.float32(0))
+    energy = sum((total(p * p) for p in positions), jnp.float32(0))
     stretch = jnp.where(aligned > 0, energy / divisor(aligned), 0)
     scale = jnp.where(is_finite, jnp.minimum(unit * stretch, _MOST), jnp.nan).astype(jnp.float32)
     planes = classified(matrices) if matrices else None
@@ -391,8 +393,9 @@ def _candidates(keys: _Random, tensor: _Tensor, p: jax.Array) -> list[_Symbols]:
 
 def _direct(keys: _Random, p: jax.Array) -> _Symbols:
     codes = _rounded(keys.own, p)
-    squares = jnp.sum(jnp.square(codes.astype(p.dtype)))
-    return _Symbols((codes,), None, jnp.sum(p * _mean(keys.own, codes, p)), squares)
+    sent = codes.astype(p.dtype)
+    aligned = total(p * _mean(keys.own, sent, p))
+    return _Symbols((codes,), None, aligned, total(sent * sent))
 
 
 def _low_rank(keys: _Random, p: jax.Array, rank: int) -> _Symbols:
@@ -410,7 +413,7 @@ def _low_rank(keys: _Random, p: jax.Array, rank: int) -> _Symbols:
     sent_left, sent_right = codes[0] * shrunk, codes[1].astype(p.dtype)
     mean_left = _mean(own_left, sent_left, left * shrunk)
     mean_right = _mean(own_right, sent_right, right)
-    aligned = jnp.sum(low_rank.multiply(p.T, mean_left) * mean_right)
+    aligned = total(low_rank.multiply(p.T, mean_left) * mean_right)
     grams = [low_rank.multiply(x.T, x) for x in (sent_left, sent_right)]
     return _Symbols(codes, scales, aligned, jnp.sum(grams[0] * grams[1]))
 
@@ -465,11 +468,11 @@ def _unit(tensors: list[jax.Array], step: float | jax.Array) -> tuple[jax.Array,
     if not tensors:
         return jnp.float32(0), jnp.bool_(True)
     size = sum(x.size for x in tensors)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in tensors]))
-    scaled = [ratio(x.astype(jnp.float32), largest) for x in tensors]
-    squares = sum((jnp.sum(x * x) for x in scaled), jnp.float32(0))
+    most = jnp.max(jnp.stack([largest(jnp.abs(x)).astype(jnp.float32) for x in tensors]))
+    scaled = [ratio(x.astype(jnp.float32), most) for x in tensors]
+    squares = sum((total(x * x) for x in scaled), jnp.float32(0))
     # Something is always sent: the largest element is one step at least.
-    unit = largest * jnp.minimum(step * jnp.sqrt(squares / size), 1)
+    unit = most * jnp.minimum(step * jnp.sqrt(squares / size), 1)
     return unit, jnp.isfinite(unit)
 
 

@@ -1,5 +1,7 @@
 """Arithmetic that quantisers share: it neither overflows nor moves what is exact."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +33,22 @@ def ratio(x: jax.Array, scale: jax.Array) -> jax.Array:
     is_tiny = scale < 4 * jnp.finfo(scale.dtype).tiny
     quotient = (0.25 * x) / jnp.where(is_tiny, 1, 0.25 * scale)
     return jnp.where(~is_tiny & (jnp.abs(x) == scale), jnp.sign(x), quotient)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of all elements, rows first: XLA's CPU backend has naive loops for both at once."""
+    return jnp.sum(_rows(jnp.sum, x))
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """The largest of all elements, rows first as in `total`."""
+    return jnp.max(_rows(jnp.max, x))
+
+
+def _rows(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    if x.ndim < 2:
+        return x
+    return jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=1))
 
 
 def finite(position: jax.Array) -> jax.Array:
