@@ -36,19 +36,28 @@ def ratio(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def total(x: jax.Array) -> jax.Array:
-    """The sum of all elements, rows first: XLA's CPU backend has naive loops for both at once."""
-    return jnp.sum(_rows(jnp.sum, x))
+    """The sum of all elements, by columns first.
+
+    XLA's CPU backend has naive loops for the reduction of a large tensor over all axes at once.
+    """
+    return jnp.sum(_by_column(jnp.sum, x))
 
 
 def largest(x: jax.Array) -> jax.Array:
-    """The largest of all elements, rows first as in `total`."""
-    return jnp.max(_rows(jnp.max, x))
+    """The largest of all elements, by columns first as in `total`."""
+    return jnp.max(_by_column(jnp.max, x))
 
 
-def _rows(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+def smallest(x: jax.Array) -> jax.Array:
+    """The smallest of all elements, by columns first as in `total`."""
+    return jnp.min(_by_column(jnp.min, x))
+
+
+def _by_column(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     if x.ndim < 2:
         return x
-    return jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=1))
+    # Or else the compiler makes one reduction of both.
+    return jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
 
 
 def finite(position: jax.Array) -> jax.Array:

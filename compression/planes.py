@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -32,6 +32,7 @@ from fedjax_core.compression.bitstreams import BitReader, BitWriter, altered
 from fedjax_core.compression.contexts import NUM_ABOVE, NUM_CONTEXTS, Plane
 from fedjax_core.compression.frequencies import whole_bits
 from fedjax_core.compression.lengths import gamma_lengths, total, unzigzag, zigzag
+from fedjax_core.compression.numerics import largest
 from fedjax_core.compression.questions import ESCAPE, LEVEL_BITS, NUM_QUESTIONS
 from fedjax_core.compression.universal import read_gammas, write_gammas
 from fedjax_core.compression.wire import Packed, take
@@ -193,10 +194,26 @@ def classified(matrices: list[jax.Array]) -> Planes:
 
     def answers(matrix: jax.Array) -> tuple[Plane, jax.Array, jax.Array]:
         plane = model.classify(matrix)
-        return plane, model.tally(plane).symbols, model.count_rows(plane)
+        found = plane, model.tally(plane).symbols, model.count_rows(plane)
+        return dataclasses.replace(plane, codes=()), *found[1:]
 
-    planes, symbols, rows = zip(*map_alike(answers, matrices), strict=True)
+    found = map_alike(functools.partial(_unless_zero, answers), matrices)
+    heads, symbols, rows = zip(*found, strict=True)
+    planes = tuple(
+        dataclasses.replace(head, codes=codes) for head, codes in zip(heads, matrices, strict=True)
+    )
     return Planes(planes, _levels(_sum(symbols)), _levels(_sum(rows)))
+
+
+def _unless_zero(function: Callable[[jax.Array], Any], matrix: jax.Array) -> Any:
+    """What a function makes of a matrix; zeros, sooner, of a matrix of zeros."""
+    is_zero = largest(jnp.abs(matrix)) == 0
+    return jax.lax.cond(is_zero, functools.partial(_zeros_like, function), function, matrix)
+
+
+def _zeros_like(function: Callable[[Any], Any], argument: Any) -> Any:
+    shapes = jax.eval_shape(function, argument)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _levels(answers: jax.Array) -> jax.Array:
@@ -230,6 +247,12 @@ class _Counted(NamedTuple):
 
 
 def _count_one(plane: Plane) -> _Counted:
+    plane = jax.tree.map(jnp.asarray, plane)
+    empty = functools.partial(_zeros_like, _count_held)
+    return jax.lax.cond(model.holds_any(plane), _count_held, empty, plane)
+
+
+def _count_held(plane: Plane) -> _Counted:
     found = model.tally(plane)
     has_level = jnp.asarray(plane.signs) > 0
     coded = jnp.where(has_level[None], found.signs, 0)
@@ -328,10 +351,13 @@ def _is_plain(plane: Plane) -> np.ndarray:
 
 
 def _escaped_bits(codes: Any) -> BitCount:
+    def count(above: jax.Array) -> BitCount:
+        lengths = jnp.where(above > 0, gamma_lengths(jnp.maximum(above, 1)), 0)
+        # Less than 2**6 bits an element: those of a row fit a word.
+        return total(jnp.sum(lengths, axis=1, dtype=jnp.uint32))
+
     above = jnp.maximum(jnp.abs(jnp.asarray(codes)) - (ESCAPE - 1), 0).astype(jnp.uint32)
-    lengths = jnp.where(above > 0, gamma_lengths(jnp.maximum(above, 1)), 0)
-    # Less than 2**6 bits an element: those of a row fit a word.
-    return total(jnp.sum(lengths, axis=1, dtype=jnp.uint32))
+    return _unless_zero(count, above)
 
 
 def _contexts(plane: Plane) -> np.ndarray:

@@ -31,8 +31,10 @@ from fedjax_core.compression.checks import choice, flag, whole
 from fedjax_core.compression.numerics import (
     centered_uniform,
     finite,
+    largest,
     narrow,
     round_stochastically,
+    smallest,
     wide,
 )
 from fedjax_core.compression.packing import PackingName
@@ -219,7 +221,7 @@ def _bounds(tensors: list[jax.Array]) -> jax.Array:
     widened = [wide(tensor) for tensor in tensors]
     low, high = (
         jnp.stack([end(x).astype(jnp.result_type(*widened)) for x in widened])
-        for end in (jnp.min, jnp.max)
+        for end in (smallest, largest)
     )
     return jnp.stack([jnp.min(low), jnp.max(high)])
 
