@@ -9,6 +9,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,6 +27,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A cached program would hide a recompilation from the tests that count them.
 jax.config.update("jax_enable_compilation_cache", False)
+
+# A shell lets what it starts in the background ignore control-C, and so would the processes that
+# tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A worker holds gigabytes of programs, and would look through all of them again and again.
 gc.set_threshold(100_000, 50, 100)
