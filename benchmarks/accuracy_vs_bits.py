@@ -17,6 +17,7 @@ measured now stays as it is. Rows with a goal end with whether it was reached.
 import argparse
 import functools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -85,7 +86,6 @@ WAYS = {
     "flagship(5), stochastic": Way(lambda: stochastic(5.0), least=(300, 1), lost=0.3),
     "flagship(12.8), stochastic": Way(lambda: stochastic(12.8), least=(600, 1), lost=0.5),
     "flagship(30), stochastic": Way(lambda: stochastic(30.0), least=(1500, 1), lost=1.0),
-    "flagship(60), stochastic": Way(lambda: stochastic(60.0)),
     "anchored": Way(down=anchored, least=(1, 32), lost=0.5),
     "replica": Way(down=lambda: compression.downlink_preset("replica")),
     "flagship(5), anchored": Way(lambda: flagship(5.0), anchored),
@@ -230,7 +230,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def _judge(way: Way, row: Summary) -> str:
-    if way.lost is None:
+    if way.lost is None or math.isnan(row.lost):
         return "-"
     goals = [f"{x:g}x" for x in way.least if x > 1] + [f"{way.lost:g} points"]
     is_reached = row.lost <= way.lost and all(
@@ -252,10 +252,10 @@ def draw(results: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
         for index, name in enumerate(name for name in WAYS if name in results):
             bits = [sum(run[kind] for kind in kinds) / 1e6 for run in results[name]]
             accuracy = [run["accuracy"] for run in results[name]]
-            color = f"C{index % 10}" if index < 10 else "black"
-            panel.scatter(bits, accuracy, s=12, alpha=0.4, color=color)
+            style = {"color": f"C{index % 10}", "marker": "oD"[index // 10 % 2]}
+            panel.scatter(bits, accuracy, s=12, alpha=0.4, **style)
             center = statistics.mean(bits), statistics.mean(accuracy)
-            panel.scatter(*center, s=50, color=color, label=name)
+            panel.scatter(*center, s=50, label=name, **style)
         panel.set_xscale("log")
         panel.set_xlabel(title)
         panel.grid(alpha=0.3)

@@ -83,7 +83,7 @@ def test_tables_of_the_readme_are_those_of_the_benchmarks(monkeypatch):
         assert output_block(name) == report.short_table(results_of(name))
     against_bits = module_of("accuracy_vs_bits", monkeypatch)
     compression = (ROOT / "docs" / "compression.md").read_text()
-    for name in ("accuracy_vs_bits",):
+    for name in ("accuracy_vs_bits", "accuracy_vs_bits_speakers"):
         table = against_bits.table(results_of(name)["results"])
         assert output_block(name, compression) == table
     updates = module_of("real_updates", monkeypatch)
