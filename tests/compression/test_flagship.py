@@ -68,6 +68,16 @@ def send(codec, value):
     return jax.device_get(sender(codec)(value))
 
 
+def check_bytes(codec, message, bits) -> bytes:
+    """Those of a message: as many as the device counted, and read as they were written."""
+    data = to_bytes(codec, message)
+    assert 8 * len(data) == int(bits)
+    read = from_bytes(codec, data, like=jax.eval_shape(lambda: message))
+    for a, b in zip(jax.tree.leaves(message), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return data
+
+
 def squares(tree) -> float:
     return float(sum(np.sum(np.square(np.float64(x))) for x in jax.tree.leaves(tree)))
 
@@ -91,11 +101,7 @@ CODECS = {
 def test_the_device_counts_what_the_host_writes(name):
     codec, value = CODECS[name], update()
     message, bits, received = send(codec, value)
-    data = to_bytes(codec, message)
-    assert 8 * len(data) == int(bits)
-    read = from_bytes(codec, data, like=jax.eval_shape(lambda: message))
-    for a, b in zip(jax.tree.leaves(message), jax.tree.leaves(read), strict=True):
-        np.testing.assert_array_equal(a, b)
+    data = check_bytes(codec, message, bits)
     assert jax.tree.structure(received) == jax.tree.structure(value)
     assert 8 * len(data) < 2 * sum(x.size for x in value.values())
 
@@ -287,11 +293,7 @@ def test_random_rounding_averages_out():
 def test_random_symbols_are_counted_and_written(candidates):
     codec, value = flagship(2.0, candidates=candidates, rounding="stochastic"), update()
     message, bits, received = send(codec, value)
-    data = to_bytes(codec, message)
-    assert 8 * len(data) == int(bits)
-    read = from_bytes(codec, data, like=jax.eval_shape(lambda: message))
-    for a, b in zip(jax.tree.leaves(message), jax.tree.leaves(read), strict=True):
-        np.testing.assert_array_equal(a, b)
+    check_bytes(codec, message, bits)
     assert lost(value, received) < 0.5
 
 
