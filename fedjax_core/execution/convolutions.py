@@ -3,17 +3,19 @@
 XLA's CPU backend gives a convolution its fast form only in the entry computation of a program. In
 the body of a loop the gradients of a convolution keep the unusual dimension orders that
 differentiation gave them, and run as naive loops, 15 to 40 times slower. Re-binding each one with
-explicit transposes, so that it reads NHWC x HWIO -> NHWC, makes them fast in loops too. The result
-differs by the order of summation only.
+explicit transposes, so that it reads NHWC x HWIO -> NHWC, makes them fast in loops too. In that
+layout, filters of a few rows take fewer multiplications: see `winograd`.
 """
 
 from collections.abc import Sequence as AbstractSequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jex_core
 
+from fedjax_core.execution import winograd
 from fedjax_core.language.program import Program
 
 # Equations whose inner jaxprs can be replaced by others of the same signature.
@@ -24,7 +26,7 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
 def rewrite_convolutions(jaxpr: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
-    """The same computation, every convolution of it in the layout NHWC x HWIO -> NHWC.
+    """The same computation but for rounding, its convolutions in the layout NHWC x HWIO -> NHWC.
 
     Convolutions with groups stay as they are, and so do those in the rules of custom derivatives,
     which are not traced yet.
@@ -120,7 +122,7 @@ def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> A
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     last = lhs.ndim - 1
     spatial = tuple(range(1, last))
-    result = lax.conv_general_dilated_p.bind(
+    result = _convolve_images(
         lax.transpose(lhs, (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])),
         lax.transpose(rhs, (*rhs_spec[2:], rhs_spec[1], rhs_spec[0])),
         dimension_numbers=lax.ConvDimensionNumbers(
@@ -133,3 +135,26 @@ def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> A
     for axis, position in zip(spatial, out_spec[2:], strict=True):
         order[position] = axis
     return lax.transpose(result, order)
+
+
+def _convolve_images(images: Any, kernel: Any, **params: Any) -> Any:
+    """A convolution NHWC x HWIO -> NHWC, with fewer multiplications where that is faster."""
+    if _is_plain(**params):
+        tiling = winograd.tiling(images, kernel, params["padding"])
+        if tiling is not None:
+            return winograd.convolve(images, kernel, params["padding"], tiling)
+    return lax.conv_general_dilated_p.bind(images, kernel, **params)
+
+
+def _is_plain(
+    *,
+    window_strides: AbstractSequence[int],
+    lhs_dilation: AbstractSequence[int],
+    rhs_dilation: AbstractSequence[int],
+    precision: Any,
+    preferred_element_type: Any,
+    **_: Any,
+) -> bool:
+    """Whether every output is a sum over neighbours, and as exact as the backend likes."""
+    is_dense = set(window_strides) | set(lhs_dilation) | set(rhs_dilation) == {1}
+    return is_dense and precision is None and preferred_element_type in (None, jnp.float32)

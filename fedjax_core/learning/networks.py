@@ -1,8 +1,12 @@
 """The networks of federated learning's first papers, as linen modules that map images to logits."""
 
+import functools
+import itertools
+
 import jax
+import jax.numpy as jnp
 from flax import linen  # noqa: TID253 - who imports this module is about to make a network
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 # The initialiser of Keras, with which the papers and TFF's tutorials ran.
@@ -20,7 +24,79 @@ def max_pool_2x2(
     """
     batch, height, width, channels = images.shape
     windows = images.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return windows.max(axis=(2, 4))
+    return _largest(windows, (2, 4))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(windows: Array, axes: tuple[int, ...]) -> Array:
+    """`jnp.max` over some short axes, with JAX's own gradient made of faster parts.
+
+    How many share a maximum is counted position by position. As a sum over the axes it would write
+    an array of the size of `windows` first.
+    """
+    return windows.max(axes)
+
+
+@_largest.defjvp
+def _largest_jvp(
+    axes: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (windows,), (tangent,) = primals, tangents
+    largest = _largest(windows, axes)
+    count = jnp.zeros_like(largest)
+    for position in itertools.product(*(range(windows.shape[axis]) for axis in axes)):
+        at = dict(zip(axes, position, strict=True))
+        member = windows[tuple(at.get(axis, slice(None)) for axis in range(windows.ndim))]
+        count += jnp.asarray(member == largest, windows.dtype)
+    is_largest = windows == jnp.expand_dims(largest, axes)
+    return largest, jnp.where(is_largest, tangent, 0).sum(axes) / count
+
+
+class ConvPool(linen.Module):
+    """A convolution of 5 x 5 with bias, a max-pool of 2 x 2 and a ReLU, on images of even sizes.
+
+    Bias and ReLU grow with their argument, so that they may come after pooling: the same result
+    from a quarter of the work. For images with a single channel the four positions of a window are
+    computed side by side, as channels of one matrix product: on CPUs, a convolution with so few
+    channels in takes twice as long.
+
+    Attributes:
+      channels: of the result.
+    """
+
+    channels: int
+
+    @linen.compact
+    def __call__(
+        self, images: Float[Array, " batch height width inputs"]
+    ) -> Float[Array, " batch height//2 width//2 channels"]:
+        """What is left of the images, a quarter of their pixels."""
+        kernel = self.param("kernel", _glorot, (5, 5, images.shape[-1], self.channels))
+        bias = self.param("bias", linen.initializers.zeros, (self.channels,))
+        pooled = _single(images, kernel) if images.shape[-1] == 1 else _several(images, kernel)
+        return jax.nn.relu(pooled + bias.reshape(1, 1, 1, -1))
+
+
+def _several(images: Array, kernel: Array) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return max_pool_2x2(
+        lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    )
+
+
+def _single(images: Array, kernel: Array) -> Array:
+    """The same where images have one channel: each window is seen by 6 x 6 pixels."""
+    batch, height, width, _ = images.shape
+    padded = jnp.pad(images[..., 0], [(0, 0), (2, 2), (2, 2)])
+    offsets = list(itertools.product(range(6), range(6)))
+    seen = jnp.stack([padded[:, i : i + height : 2, j : j + width : 2] for i, j in offsets], -1)
+    shifted = [
+        jnp.pad(kernel[:, :, 0], [(i, 1 - i), (j, 1 - j), (0, 0)])
+        for i, j in itertools.product(range(2), range(2))
+    ]
+    positions = seen.reshape(-1, 36) @ jnp.concatenate(shifted, -1).reshape(36, -1)
+    windows = positions.reshape(batch, height // 2, width // 2, 4, -1)
+    return _largest(windows, (3,))
 
 
 class FedAvgCNN(linen.Module):
@@ -32,9 +108,8 @@ class FedAvgCNN(linen.Module):
     def __call__(self, images: Float[Array, " batch 28 28 1"]) -> Float[Array, " batch classes"]:
         """Logits of the images."""
         hidden = images
-        for channels in (32, 64):
-            hidden = linen.Conv(channels, (5, 5), padding="SAME", kernel_init=_glorot)(hidden)
-            hidden = max_pool_2x2(jax.nn.relu(hidden))
+        for index, channels in enumerate((32, 64)):
+            hidden = ConvPool(channels, name=f"Conv_{index}")(hidden)
         hidden = hidden.reshape(len(hidden), -1)
         hidden = jax.nn.relu(linen.Dense(512, kernel_init=_glorot)(hidden))
         return linen.Dense(self.num_classes, kernel_init=_glorot)(hidden)

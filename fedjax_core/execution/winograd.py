@@ -1,0 +1,152 @@
+"""Convolutions along the rows of images by Winograd's minimal filtering.
+
+Where m outputs share r taps of a filter, m + r - 1 multiplications do for m r (Winograd, 1980; for
+convolutional networks: Lavin and Gray, arXiv 1509.09308). Here m + r - 1 = 6, along the rows only:
+six convolutions of a single row each, and additions before and after. A filter of three rows takes
+half of the multiplications, one of five rows three fifths. The error of rounding is about twice
+that of the direct sum; tiles of more rows, or of rows and columns, are less exact, and move more
+memory than they save arithmetic.
+
+    y_p = (G k)_p * (B x)_p,    output_j = sum_p A_jp y_p        p = 0 .. 5
+
+The same with a long filter and few outputs, which is the gradient of a kernel: the filter is cut
+into blocks of r taps, and each of the six convolutions sums over the blocks.
+"""
+
+from collections.abc import Sequence as AbstractSequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# The points with the smallest error, of all sets of five from 0, 1, -1, 2, -2, 1/2 and -1/2.
+_POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)
+_NUM_PRODUCTS = len(_POINTS) + 1  # the sixth point is infinity
+_NUM_TAPS = (3, 4, 5)
+_MOST_OF_DIRECT = 0.75
+_FEWEST_CHANNELS = 16
+_FEWEST_MULTIPLICATIONS = 2_000_000
+
+Padding = AbstractSequence[tuple[int, int]]
+
+
+class Tiling(NamedTuple):
+    """How the rows of a convolution are cut.
+
+    Attributes:
+      outputs: of a tile, m.
+      taps: of a block of the filter, r.
+      tiles: of the output.
+      blocks: of the filter; one of `tiles` and `blocks` is 1.
+    """
+
+    outputs: int
+    taps: int
+    tiles: int
+    blocks: int
+
+
+def tiling(lhs: jax.Array, rhs: jax.Array, padding: Padding) -> Tiling | None:
+    """How to cut a convolution of stride 1, None where the direct one is as good.
+
+    Args:
+      lhs: images ``[batch, height, width, channels]``.
+      rhs: kernel ``[height, width, channels, filters]``.
+      padding: before and after, of height and width.
+    """
+    if lhs.ndim != 4 or not lhs.dtype == rhs.dtype == jnp.float32:
+        return None
+    batch, height, width, channels = lhs.shape
+    taps, taps_across, _, filters = rhs.shape
+    rows = height + sum(padding[0]) - taps + 1
+    columns = width + sum(padding[1]) - taps_across + 1
+    if (
+        min(channels * taps_across, batch * columns) < _FEWEST_CHANNELS
+        or filters < _FEWEST_CHANNELS
+    ):
+        return None
+    if taps in _NUM_TAPS:
+        outputs = _NUM_PRODUCTS + 1 - taps
+        found = Tiling(outputs, taps, tiles=-(-rows // outputs), blocks=1)
+    elif rows in _NUM_TAPS:
+        block = _NUM_PRODUCTS + 1 - rows
+        found = Tiling(rows, block, tiles=1, blocks=-(-taps // block))
+    else:
+        return None
+    a_row = batch * columns * taps_across * channels * filters
+    few = _NUM_PRODUCTS * found.tiles * found.blocks <= _MOST_OF_DIRECT * rows * taps
+    return found if few and a_row * rows * taps >= _FEWEST_MULTIPLICATIONS else None
+
+
+def convolve(images: jax.Array, kernel: jax.Array, padding: Padding, tiling: Tiling) -> jax.Array:
+    """The convolution of stride 1 that `tiling` cuts, ``[batch, rows, columns, filters]``."""
+    if tiling.blocks == 1:
+        step, (to_outputs, from_kernel, from_image) = (
+            tiling.outputs,
+            matrices(tiling.outputs, tiling.taps),
+        )
+    else:  # the same identity read the other way: outputs as taps, and blocks as tiles
+        step, (to_outputs, from_kernel, from_image) = (
+            tiling.taps,
+            matrices(tiling.taps, tiling.outputs),
+        )
+        to_outputs, from_kernel = from_kernel.T, to_outputs.T
+    count = tiling.tiles * tiling.blocks
+    num_rows = images.shape[1] + sum(padding[0]) - kernel.shape[0] + 1
+    before = padding[0][0]
+    after = step * (count - 1) + _NUM_PRODUCTS - images.shape[1] - before
+    beyond = tiling.taps * tiling.blocks - kernel.shape[0]
+    padded = _pad(images, 1, before, after)
+    rows = [padded[:, i : i + step * (count - 1) + 1 : step] for i in range(_NUM_PRODUCTS)]
+    taps = [_pad(kernel, 0, 0, beyond)[i :: tiling.taps] for i in range(tiling.taps)]
+    products = [
+        lax.conv_general_dilated(
+            _combine(from_image[p], rows),
+            _combine(from_kernel[p], taps),
+            (1, 1),
+            [(0, 0), padding[1]],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        for p in range(_NUM_PRODUCTS)
+    ]
+    outputs = jnp.stack([_combine(row, products) for row in to_outputs], axis=2)
+    batch, tiles, size, *rest = outputs.shape
+    return outputs.reshape(batch, tiles * size, *rest)[:, :num_rows]
+
+
+def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
+    """`x` with zeros along an axis; less than none cuts it."""
+    widths = [(before, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+    return lax.pad(x, jnp.float32(0), widths)
+
+
+def matrices(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The matrices A ``[outputs, 6]``, G ``[6, taps]`` and B ``[6, 6]`` of Toom and Cook.
+
+    The product of two polynomials is known from its values at six points, one of them infinity; a
+    correlation is the transpose of such a product.
+    """
+    points = np.array(_POINTS)
+    others = [np.delete(points, p) for p in range(len(points))]
+    to_outputs = np.zeros((outputs, _NUM_PRODUCTS))
+    from_kernel = np.zeros((_NUM_PRODUCTS, taps))
+    from_image = np.zeros((_NUM_PRODUCTS, _NUM_PRODUCTS))
+    to_outputs[:, :-1] = np.vander(points, outputs, increasing=True).T
+    to_outputs[-1, -1] = from_kernel[-1, -1] = 1
+    for p, rest in enumerate(others):
+        from_kernel[p] = points[p] ** np.arange(taps) / np.prod(points[p] - rest)
+        from_image[p, :-1] = np.poly(rest)[::-1]
+    from_image[-1] = np.poly(points)[::-1]
+    return to_outputs, from_kernel, from_image
+
+
+def _combine(factors: np.ndarray, arrays: list[jax.Array]) -> jax.Array:
+    """The sum of arrays times factors, without those whose factor is zero."""
+    terms = [
+        x if factor == 1 else jnp.float32(factor) * x
+        for factor, x in zip(factors, arrays, strict=True)
+        if factor
+    ]
+    return sum(terms[1:], terms[0])
