@@ -140,7 +140,7 @@ def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> A
 def _convolve_images(images: Any, kernel: Any, **params: Any) -> Any:
     """A convolution NHWC x HWIO -> NHWC, with fewer multiplications where that is faster."""
     if _is_plain(**params):
-        tiling = winograd.tiling(images, kernel, params["padding"])
+        tiling = winograd.find_tiling(images, kernel, params["padding"])
         if tiling is not None:
             return winograd.convolve(images, kernel, params["padding"], tiling)
     return lax.conv_general_dilated_p.bind(images, kernel, **params)

@@ -25,9 +25,10 @@ from jax import lax
 _POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)
 _NUM_PRODUCTS = len(_POINTS) + 1  # the sixth point is infinity
 _NUM_TAPS = (3, 4, 5)
-_MOST_OF_DIRECT = 0.75
-_FEWEST_CHANNELS = 16
-_FEWEST_MULTIPLICATIONS = 2_000_000
+# Below these the direct sum was as fast: channels pay for additions, large tensors for calls.
+_MOST_OF_DIRECT = 0.6
+_FEWEST_CHANNELS = 32
+_FEWEST_MULTIPLICATIONS = 2**24
 
 Padding = AbstractSequence[tuple[int, int]]
 
@@ -48,51 +49,47 @@ class Tiling(NamedTuple):
     blocks: int
 
 
-def tiling(lhs: jax.Array, rhs: jax.Array, padding: Padding) -> Tiling | None:
-    """How to cut a convolution of stride 1, None where the direct one is as good.
+def find_tiling(images: jax.Array, kernel: jax.Array, padding: Padding) -> Tiling | None:
+    """How to cut a convolution of stride 1, None where the direct sum is as fast.
 
     Args:
-      lhs: images ``[batch, height, width, channels]``.
-      rhs: kernel ``[height, width, channels, filters]``.
+      images: ``[batch, height, width, channels]``.
+      kernel: ``[height, width, channels, filters]``.
       padding: before and after, of height and width.
     """
-    if lhs.ndim != 4 or not lhs.dtype == rhs.dtype == jnp.float32:
+    if images.ndim != 4 or not images.dtype == kernel.dtype == jnp.float32:
         return None
-    batch, height, width, channels = lhs.shape
-    taps, taps_across, _, filters = rhs.shape
+    batch, height, width, channels = images.shape
+    taps, taps_across, _, filters = kernel.shape
     rows = height + sum(padding[0]) - taps + 1
     columns = width + sum(padding[1]) - taps_across + 1
-    if (
-        min(channels * taps_across, batch * columns) < _FEWEST_CHANNELS
-        or filters < _FEWEST_CHANNELS
-    ):
-        return None
     if taps in _NUM_TAPS:
         outputs = _NUM_PRODUCTS + 1 - taps
-        found = Tiling(outputs, taps, tiles=-(-rows // outputs), blocks=1)
-    elif rows in _NUM_TAPS:
+        tiling = Tiling(outputs, taps, tiles=-(-rows // outputs), blocks=1)
+    elif rows in _NUM_TAPS:  # the gradient of a kernel: its channels in are the batch here
         block = _NUM_PRODUCTS + 1 - rows
-        found = Tiling(rows, block, tiles=1, blocks=-(-taps // block))
+        tiling = Tiling(rows, block, tiles=1, blocks=-(-taps // block))
+        channels = batch
     else:
         return None
-    a_row = batch * columns * taps_across * channels * filters
-    few = _NUM_PRODUCTS * found.tiles * found.blocks <= _MOST_OF_DIRECT * rows * taps
-    return found if few and a_row * rows * taps >= _FEWEST_MULTIPLICATIONS else None
+    of_a_row = batch * columns * taps_across * kernel.shape[2] * filters
+    pays = (
+        min(channels, filters) >= _FEWEST_CHANNELS
+        and rows * taps * of_a_row >= _FEWEST_MULTIPLICATIONS
+        and _NUM_PRODUCTS * tiling.tiles * tiling.blocks <= _MOST_OF_DIRECT * rows * taps
+    )
+    return tiling if pays else None
 
 
 def convolve(images: jax.Array, kernel: jax.Array, padding: Padding, tiling: Tiling) -> jax.Array:
-    """The convolution of stride 1 that `tiling` cuts, ``[batch, rows, columns, filters]``."""
+    """The convolution of stride 1 that `find_tiling` cuts, ``[batch, rows, columns, filters]``."""
     if tiling.blocks == 1:
-        step, (to_outputs, from_kernel, from_image) = (
-            tiling.outputs,
-            matrices(tiling.outputs, tiling.taps),
-        )
-    else:  # the same identity read the other way: outputs as taps, and blocks as tiles
-        step, (to_outputs, from_kernel, from_image) = (
-            tiling.taps,
-            matrices(tiling.taps, tiling.outputs),
-        )
-        to_outputs, from_kernel = from_kernel.T, to_outputs.T
+        step = tiling.outputs
+        to_outputs, from_kernel, from_image = matrices(tiling.outputs, tiling.taps)
+    else:  # the same identity transposed: blocks as tiles, and outputs as taps
+        step = tiling.taps
+        transposed, from_outputs, from_image = matrices(tiling.taps, tiling.outputs)
+        to_outputs, from_kernel = from_outputs.T, transposed.T
     count = tiling.tiles * tiling.blocks
     num_rows = images.shape[1] + sum(padding[0]) - kernel.shape[0] + 1
     before = padding[0][0]

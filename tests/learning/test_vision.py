@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen
 
-from fedjax_core.learning.networks import max_pool_2x2
+from fedjax_core.learning.networks import ConvPool, max_pool_2x2
 from fedjax_core.models import emnist_cnn, linear, two_nn
 
 KEY = jax.random.key(0)
@@ -60,6 +60,46 @@ def test_pooling_is_that_of_flax():
 def test_pooling_shares_its_gradient_at_ties():
     gradient = jax.grad(lambda x: max_pool_2x2(x).sum())(jnp.zeros((1, 2, 2, 1)))
     np.testing.assert_array_equal(gradient.ravel(), [0.25] * 4)
+
+
+def test_pooling_keeps_what_is_not_a_number():
+    x = jnp.zeros((1, 2, 2, 1)).at[0, 1, 0, 0].set(jnp.nan)
+    assert jnp.isnan(max_pool_2x2(x)).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_convolution_with_pooling_is_that_of_flax(inputs):
+    """Bias and ReLU after pooling, and one channel by its windows: the same function and gradient.
+
+    Background of one colour makes ties in whole windows: ReLU's, where the bias is negative, too.
+    """
+    x = jnp.maximum(jax.random.normal(KEY, (2, 8, 6, inputs)), 0).at[:, :4].set(0)
+    ours, flax = ConvPool(5), linen.Conv(5, (5, 5))
+    variables = ours.init(jax.random.key(1), x)
+    variables["params"]["bias"] = jnp.array([-0.3, -0.1, 0.0, 0.1, 0.3])
+
+    def of_flax(variables, x):
+        return linen.max_pool(jax.nn.relu(flax.apply(variables, x)), (2, 2), (2, 2))
+
+    def run(function, x):
+        # The gradient at zero, where the bias is zero too, is a choice: that bias is left out.
+        loss = lambda variables: jnp.sin(function(variables, x)).sum()  # noqa: E731
+        gradients = jax.grad(loss)(variables)["params"]
+        gradients["bias"] = gradients["bias"].at[2].set(0)
+        return function(variables, x), gradients
+
+    expected = run(of_flax, x)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        run(ours.apply, x),
+        expected,
+    )
+    tangents = jax.tree.map(jnp.ones_like, variables)
+    forward = lambda function: jax.jvp(lambda v: function(v, x), (variables,), (tangents,))[1]  # noqa: E731
+    around = np.s_[:, 2:]  # without ties
+    np.testing.assert_allclose(
+        forward(ours.apply)[around], forward(of_flax)[around], rtol=1e-4, atol=1e-4
+    )
 
 
 def convolve(x, kernel, bias):
