@@ -16,7 +16,7 @@ SIMULATION ?=
 PIP := PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet \
   $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: demo test test-all check format bench install clean
+.PHONY: demo test test-all check format bench bench-gpu install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -47,6 +47,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/real_updates.py
 	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
 	$(BIN)/python benchmarks/simulation.py $(SIMULATION)
+
+# Where JAX finds a GPU and FedJAX, Haiku and PyTorch are installed beside it; PYTHON runs it as it is.
+bench-gpu:
+	JAX_PLATFORMS=cuda $(PYTHON) benchmarks/rounds.py --peers-here --peers fedjax,pytorch \
+	  --lanes 1,4,16,64,256 --no-check --output benchmarks/results/rounds_gpu.json
 
 install: $(STAMP)
 

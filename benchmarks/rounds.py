@@ -4,6 +4,11 @@
     python benchmarks/rounds.py --workloads cnn,overhead --repeats 9 --threads 1,2
     python benchmarks/rounds.py --quick
 
+On a GPU, with FedJAX, Haiku and PyTorch installed beside the library, which `make bench-gpu` runs:
+
+    JAX_PLATFORMS=cuda python benchmarks/rounds.py --peers-here --peers fedjax,pytorch \
+        --lanes 1,4,16,64,256 --no-check --output gpu.json
+
 FedJAX, a bare PyTorch loop and pfl-research, each in a process and an environment of its own, which
 this command makes where it is missing. A round includes making the batches of a fresh cohort from
 data in memory. The peers take turns within each repeat; what is told is the median over the
@@ -30,7 +35,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-# The peers run on the CPU; a worker started from here does what this says, ours included.
+# All run on the CPU unless this says "cuda"; a worker started from here does what it says.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -56,7 +61,7 @@ class Variant(NamedTuple):
 
     Attributes:
       label: in tables.
-      peer: "ours" or one of `PEERS`.
+      peer: "ours", "lanes" for ours with a number of them, or one of `PEERS`.
       command: starts its worker.
       threads: None leaves the choice to the peer.
     """
@@ -73,9 +78,14 @@ def make_variants(
     python: str,
     threads: Sequence[int],
     ensure: Callable[[str], pathlib.Path],
+    lanes: Sequence[int] = (),
 ) -> tuple[list[Variant], dict[str, Row]]:
     """What can be measured, ours first, and rows for the peers that cannot."""
-    variants, skipped = [_variant(OURS, "ours", python)], {}
+    variants, skipped = [_variant(OURS, "ours", python, python)], {}
+    for number in lanes:
+        label = f"{OURS}, {number} lane{'s' if number > 1 else ''}"
+        command = [*variants[0].command, str(number)]
+        variants.append(Variant(label, "lanes", command))
     for peer in peers:
         try:
             own = str(ensure(peer))
@@ -85,16 +95,16 @@ def make_variants(
             continue
         if peer in THREADED:
             labels = {n: f"{peer}, {n} thread{'s' if n > 1 else ''}" for n in threads}
-            variants += [_variant(label, peer, own, n) for n, label in labels.items()]
+            variants += [_variant(label, peer, own, python, n) for n, label in labels.items()]
         else:
-            variants.append(_variant(peer, peer, own))
+            variants.append(_variant(peer, peer, own, python))
     return variants, skipped
 
 
-def _variant(label: str, peer: str, python: str, threads: int | None = None) -> Variant:
-    # -E: a PYTHONPATH made for ours would put its packages before those of a peer.
-    flags = [] if peer == "ours" else ["-E"]
-    command = [python, *flags, "-m", f"benchmarks.peers.{peer}_worker"]
+def _variant(label: str, peer: str, own: str, python: str, threads: int | None = None) -> Variant:
+    # -E: a PYTHONPATH made for ours would put its packages before those of a peer elsewhere.
+    flags = [] if own == python else ["-E"]
+    command = [own, *flags, "-m", f"benchmarks.peers.{peer}_worker"]
     return Variant(label, peer, command, threads)
 
 
@@ -259,7 +269,7 @@ def run_workload(
     if reason:
         print(f"skipped {workload.name}: {reason}", file=sys.stderr, flush=True)
         return {"skipped": reason, "rows": {}}
-    wanted = [v for v in variants if v.peer in ("ours", *workload.peers)]
+    wanted = [v for v in variants if v.peer in ("ours", "lanes", *workload.peers)]
     checks = check(workload, wanted) if with_check and len(wanted) > 1 else {}
     rows, machine = measure(workload, wanted, repeats)
     for label, differences in checks.items():
@@ -284,12 +294,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peers", type=names(PEERS), default=list(PEERS), help="some of them, or '' for ours only")
     add("--repeats", type=int, default=7)
     add("--threads", type=_integers, help="of PyTorch and pfl: 1 and the number of cores")
+    add("--lanes", type=_integers, default=[], help="measures ours with these numbers too, 1,4,16")
     add(
         "--quick", action="store_true", help="a smoke run of tiny sizes, of linear_100 and 1 thread"
     )
     add("--no-check", action="store_true", help="leave out the comparison of parameters")
     add("--python", type=_program, default=sys.executable, help="runs our library")
     add("--peer-python", default=sys.executable, help="makes the environments of the peers")
+    add("--peers-here", action="store_true", help="peers are installed where our library is")
     default = pathlib.Path("~/.cache/fedjax-core/peers").expanduser()
     add("--environments", type=pathlib.Path, default=default, help="folder of the environments")
     version = "{}{:02}".format(*jax.__version_info__[:2])
@@ -326,13 +338,14 @@ def main() -> int:
     chosen = [WORKLOADS[name] for name in args.workloads]
     chosen = [workloads.quick(x) for x in chosen] if args.quick else chosen
     wanted = [peer for peer in args.peers if any(peer in x.peers for x in chosen)]
+
+    def ensure(peer: str) -> pathlib.Path:
+        if args.peers_here:
+            return pathlib.Path(args.python)
+        return environments.ensure(peer, args.environments.absolute(), args.peer_python)
+
     variants, skipped = make_variants(
-        wanted,
-        python=args.python,
-        threads=args.threads,
-        ensure=lambda peer: environments.ensure(
-            peer, args.environments.absolute(), args.peer_python
-        ),
+        wanted, python=args.python, threads=args.threads, ensure=ensure, lanes=args.lanes
     )
     results: dict[str, Any] = {
         "machine": describe_machine(),

@@ -336,6 +336,24 @@ def test_an_environment_is_made_once(tmp_path):
     assert not skipped
 
 
+def test_numbers_of_lanes_are_variants_of_ours():
+    """They are measured beside the choice, and are not taken for it."""
+    variants, _ = rounds.make_variants(
+        ["fedjax"],
+        python="here",
+        threads=[1],
+        ensure=lambda peer: pathlib.Path("here"),
+        lanes=[1, 4],
+    )
+    assert [v.label for v in variants] == [
+        *(rounds.OURS, f"{rounds.OURS}, 1 lane", f"{rounds.OURS}, 4 lanes", "fedjax"),
+    ]
+    assert [v.peer for v in variants] == ["ours", "lanes", "lanes", "fedjax"]
+    assert variants[2].command == ["here", "-m", "benchmarks.peers.ours_worker", "4"]
+    # A peer that is installed beside ours needs the same paths.
+    assert "-E" not in variants[3].command
+
+
 @pytest.mark.parametrize("peer", rounds.PEERS)
 def test_each_peer_has_a_worker_and_pins(peer):
     assert (ROOT / "benchmarks" / "peers" / f"{peer}_worker.py").exists()

@@ -9,9 +9,13 @@ the same number of steps of the same size, though not the same update for client
 
 from typing import Any
 
+import jax
+
+if not hasattr(jax, "tree_map"):  # FedJAX needs it, and JAX has dropped it
+    jax.tree_map = jax.tree.map
+
 import fedjax
 import haiku as hk
-import jax
 import jax.numpy as jnp
 import numpy as np
 from fedjax.algorithms import fed_avg

@@ -1,4 +1,9 @@
-"""Our library in the benchmark of rounds, through its public interface."""
+"""Our library in the benchmark of rounds, through its public interface.
+
+Started with a number, that many clients run side by side.
+"""
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,7 @@ from benchmarks import workloads
 from benchmarks.peers import jax_lstm, protocol
 from benchmarks.workloads import Data, Params, Workload
 
-EXECUTION = fc.Execution(donate=True)
+EXECUTION = fc.Execution(donate=True, lanes=int(sys.argv[1]) if sys.argv[1:] else "auto")
 
 
 class OursSession:

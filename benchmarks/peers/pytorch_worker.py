@@ -19,8 +19,9 @@ class PyTorchSession:
         torch.manual_seed(workload.seed)
         self._workload = workload
         self._names = list(params)
-        self._clients = torch_models.client_tensors(data)
-        self._model = torch_models.make_model(workload)
+        device = torch_models.device()
+        self._clients = [(x.to(device), y.to(device)) for x, y in torch_models.client_tensors(data)]
+        self._model = torch_models.make_model(workload).to(device)
         torch_models.load_params(self._model, params)
         self._own = list(self._model.parameters())
         self._server = [p.detach().clone() for p in self._own]
@@ -29,6 +30,8 @@ class PyTorchSession:
         """See `protocol.Session`."""
         for positions in cohorts:
             self._round([self._clients[i] for i in positions])
+        if torch_models.device() == "cuda":
+            torch.cuda.synchronize()
 
     def _round(self, clients: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Trains each client and averages: x = sum_k n_k x_k / sum_k n_k."""
@@ -49,7 +52,7 @@ class PyTorchSession:
         """SGD on the shuffled batches of one client."""
         size, rate = self._workload.batch_size, self._workload.learning_rate
         for _ in range(self._workload.num_epochs):
-            order = torch.randperm(len(labels))
+            order = torch.randperm(len(labels), device=labels.device)
             batches = zip(images[order].split(size), labels[order].split(size), strict=True)
             for x, y in batches:
                 loss = functional.cross_entropy(self._model(x), y)

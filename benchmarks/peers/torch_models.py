@@ -3,12 +3,19 @@
 # pyright: reportMissingImports=false
 # The peer is installed in an environment of its own.
 
+import os
+
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks import workloads
 from benchmarks.workloads import Data, Params, Workload
+
+
+def device() -> str:
+    """Where the workers run: on a GPU if JAX is told to, so that one setting holds for all."""
+    return "cuda" if os.environ.get("JAX_PLATFORMS", "cpu").split(",")[0] == "cuda" else "cpu"
 
 
 def make_model(workload: Workload) -> nn.Sequential:
@@ -42,7 +49,9 @@ def save_params(model: nn.Module, names: list[str]) -> Params:
     """The parameters of a model in the layout of `workloads`."""
     own = dict(model.named_parameters())
     is_cnn = "Conv_0/bias" in names
-    return {path: _from_torch(path, own[_name(path)].detach().numpy(), is_cnn) for path in names}
+    return {
+        path: _from_torch(path, own[_name(path)].detach().cpu().numpy(), is_cnn) for path in names
+    }
 
 
 def client_tensors(data: Data) -> list[tuple[torch.Tensor, torch.Tensor]]:
