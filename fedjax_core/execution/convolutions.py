@@ -7,6 +7,7 @@ explicit transposes, so that it reads NHWC x HWIO -> NHWC, makes them fast in lo
 layout, filters of a few rows take fewer multiplications: see `winograd`.
 """
 
+import functools
 from collections.abc import Sequence as AbstractSequence
 from typing import Any
 
@@ -28,8 +29,8 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 def rewrite_convolutions(jaxpr: jex_core.ClosedJaxpr) -> jex_core.ClosedJaxpr:
     """The same computation but for rounding, its convolutions in the layout NHWC x HWIO -> NHWC.
 
-    Convolutions with groups stay as they are, and so do those in the rules of custom derivatives,
-    which are not traced yet.
+    Those for which a precision is asked are summed directly. Convolutions with groups stay as they
+    are, and so do those in the rules of custom derivatives, which are not traced yet.
 
     Args:
       jaxpr: any traced function.
@@ -139,11 +140,14 @@ def _convolve(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> A
 
 def _convolve_images(images: Any, kernel: Any, **params: Any) -> Any:
     """A convolution NHWC x HWIO -> NHWC, with fewer multiplications where that is faster."""
-    if _is_plain(**params):
-        tiling = winograd.find_tiling(images, kernel, params["padding"])
-        if tiling is not None:
-            return winograd.convolve(images, kernel, params["padding"], tiling)
-    return lax.conv_general_dilated_p.bind(images, kernel, **params)
+    direct = functools.partial(lax.conv_general_dilated_p.bind, **params)
+    padding = params["padding"]
+    tiling = winograd.find_tiling(images, kernel, padding) if _is_plain(**params) else None
+    if tiling is None:
+        return direct(images, kernel)
+    fewer = functools.partial(winograd.convolve, padding=padding, tiling=tiling)
+    # What is exported from a CPU may run elsewhere, where the direct one is faster and exact.
+    return lax.platform_dependent(images, kernel, cpu=fewer, default=direct)
 
 
 def _is_plain(

@@ -2,15 +2,18 @@
 
 Where m outputs share r taps of a filter, m + r - 1 multiplications do for m r (Winograd, 1980; for
 convolutional networks: Lavin and Gray, arXiv 1509.09308). Here m + r - 1 = 6, along the rows only:
-six convolutions of a single row each, and additions before and after. A filter of three rows takes
-half of the multiplications, one of five rows three fifths. The error of rounding is about twice
-that of the direct sum; tiles of more rows, or of rows and columns, are less exact, and move more
-memory than they save arithmetic.
+six convolutions of a single row each, and additions before and after. Tiles of more rows, or of
+rows and columns, are less exact, and move more memory than they save arithmetic.
 
     y_p = (G k)_p * (B x)_p,    output_j = sum_p A_jp y_p        p = 0 .. 5
 
-The same with a long filter and few outputs, which is the gradient of a kernel: the filter is cut
-into blocks of r taps, and each of the six convolutions sums over the blocks.
+It serves filters of five rows, in tiles of two outputs, and the gradients of kernels of three to
+five rows, by the same identity transposed: a filter as long as the image, cut into blocks of r
+taps, of which each of the six convolutions takes the sum. Both are as exact as the direct sum
+within a factor of about two, relative to the largest row that an output depends on. A tile of two
+outputs never mixes the first row into the second output, nor the last into the first: a window of
+zeros gives zero, which ReLU and pooling would see. Wider tiles for filters of three rows do not
+have this property, and are not used. A pixel that is not finite makes its window NaN.
 """
 
 from collections.abc import Sequence as AbstractSequence
@@ -20,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
-# The points with the smallest error, of all sets of five from 0, 1, -1, 2, -2, 1/2 and -1/2.
+# Among the sets of five from 0, 1, -1, 2, -2, 1/2 and -1/2 one of those with the smallest error.
 _POINTS = (0.0, 1.0, -1.0, 2.0, -0.5)
 _NUM_PRODUCTS = len(_POINTS) + 1  # the sixth point is infinity
-_NUM_TAPS = (3, 4, 5)
+_TAPS = 5
+_TAPS_OF_GRADIENTS = (3, 4, 5)
 # Below these the direct sum was as fast: channels pay for additions, large tensors for calls.
-_MOST_OF_DIRECT = 0.6
 _FEWEST_CHANNELS = 32
 _FEWEST_MULTIPLICATIONS = 2**24
 
@@ -57,26 +61,31 @@ def find_tiling(images: jax.Array, kernel: jax.Array, padding: Padding) -> Tilin
       kernel: ``[height, width, channels, filters]``.
       padding: before and after, of height and width.
     """
-    if images.ndim != 4 or not images.dtype == kernel.dtype == jnp.float32:
+    shapes = (*images.shape, *kernel.shape)
+    if images.ndim != 4 or any(map(is_symbolic_dim, shapes)):
         return None
     batch, height, width, channels = images.shape
     taps, taps_across, _, filters = kernel.shape
     rows = height + sum(padding[0]) - taps + 1
     columns = width + sum(padding[1]) - taps_across + 1
-    if taps in _NUM_TAPS:
+    if rows < 1 or columns < 1 or not images.dtype == kernel.dtype == jnp.float32:
+        return None
+    if taps == _TAPS:
         outputs = _NUM_PRODUCTS + 1 - taps
         tiling = Tiling(outputs, taps, tiles=-(-rows // outputs), blocks=1)
-    elif rows in _NUM_TAPS:  # the gradient of a kernel: its channels in are the batch here
+        narrowest = min(channels, filters)
+    elif rows in _TAPS_OF_GRADIENTS:  # the kernel's own channels are the batch here
         block = _NUM_PRODUCTS + 1 - rows
         tiling = Tiling(rows, block, tiles=1, blocks=-(-taps // block))
-        channels = batch
+        narrowest = min(batch, filters)
     else:
         return None
-    of_a_row = batch * columns * taps_across * kernel.shape[2] * filters
+    of_a_row = batch * columns * taps_across * channels * filters
     pays = (
-        min(channels, filters) >= _FEWEST_CHANNELS
+        narrowest >= _FEWEST_CHANNELS
         and rows * taps * of_a_row >= _FEWEST_MULTIPLICATIONS
-        and _NUM_PRODUCTS * tiling.tiles * tiling.blocks <= _MOST_OF_DIRECT * rows * taps
+        # Two thirds of the multiplications at most, or the additions take what they save.
+        and 3 * _NUM_PRODUCTS * tiling.tiles * tiling.blocks <= 2 * rows * taps
     )
     return tiling if pays else None
 

@@ -9,6 +9,8 @@ from flax import linen  # noqa: TID253 - who imports this module is about to mak
 from jax import Array, lax
 from jaxtyping import Float
 
+from fedjax_core.errors import FederatedTypeError
+
 # The initialiser of Keras, with which the papers and TFF's tutorials ran.
 _glorot = linen.initializers.glorot_uniform()
 
@@ -29,7 +31,7 @@ def max_pool_2x2(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest(windows: Array, axes: tuple[int, ...]) -> Array:
-    """`jnp.max` over some short axes, with JAX's own gradient made of faster parts.
+    """`jnp.max` over some short axes, with its gradient made of faster parts: ties share it evenly.
 
     How many share a maximum is counted position by position. As a sum over the axes it would write
     an array of the size of `windows` first.
@@ -47,8 +49,8 @@ def _largest_jvp(
     for position in itertools.product(*(range(windows.shape[axis]) for axis in axes)):
         at = dict(zip(axes, position, strict=True))
         member = windows[tuple(at.get(axis, slice(None)) for axis in range(windows.ndim))]
-        count += jnp.asarray(member == largest, windows.dtype)
-    is_largest = windows == jnp.expand_dims(largest, axes)
+        count += jnp.asarray(~(member < largest), windows.dtype)
+    is_largest = ~(windows < jnp.expand_dims(largest, axes))  # all of them, where one is NaN
     return largest, jnp.where(is_largest, tangent, 0).sum(axes) / count
 
 
@@ -62,6 +64,9 @@ class ConvPool(linen.Module):
 
     Attributes:
       channels: of the result.
+
+    Raises:
+      FederatedTypeError: for images of another rank, or of odd sizes.
     """
 
     channels: int
@@ -71,8 +76,15 @@ class ConvPool(linen.Module):
         self, images: Float[Array, " batch height width inputs"]
     ) -> Float[Array, " batch height//2 width//2 channels"]:
         """What is left of the images, a quarter of their pixels."""
-        kernel = self.param("kernel", _glorot, (5, 5, images.shape[-1], self.channels))
-        bias = self.param("bias", linen.initializers.zeros, (self.channels,))
+        if images.ndim != 4 or images.shape[1] % 2 or images.shape[2] % 2:
+            raise FederatedTypeError(
+                "Expected images [batch, height, width, channels] of even height and width, which "
+                f"are pooled by two, got the shape {images.shape}."
+            )
+        shape = (5, 5, images.shape[-1], self.channels)
+        kernel = self.param("kernel", _glorot, shape, jnp.float32)
+        bias = self.param("bias", linen.initializers.zeros, shape[-1:], jnp.float32)
+        images, kernel, bias = linen.dtypes.promote_dtype(images, kernel, bias)
         pooled = _single(images, kernel) if images.shape[-1] == 1 else _several(images, kernel)
         return jax.nn.relu(pooled + bias.reshape(1, 1, 1, -1))
 

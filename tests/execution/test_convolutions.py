@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.extend import core as jex_core
 
+from fedjax_core.execution import winograd
 from fedjax_core.execution.convolutions import rewrite_convolutions
 
 
@@ -37,6 +38,7 @@ def check(function, *args, num_convolutions=None):
     if num_convolutions is not None:
         assert len(left) == num_convolutions
     assert_same(rewritten, jaxpr, *args)
+    return rewritten
 
 
 def assert_same(rewritten, jaxpr, *args):
@@ -221,25 +223,36 @@ def straight_backward(residuals, cotangent):
 straight_loss.defvjp(straight_forward, straight_backward)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        in_scan,
-        in_while,
-        in_cond,
-        in_switch,
-        in_jit,
-        in_checkpoint,
-        in_nested_loops,
-        in_custom_jvp,
-        in_gradient_of_custom_jvp,
-        in_custom_vjp,
-        in_gradient_of_custom_vjp,
-    ],
-)
+IN_OTHER_PRIMITIVES = [
+    in_scan,
+    in_while,
+    in_cond,
+    in_switch,
+    in_jit,
+    in_checkpoint,
+    in_nested_loops,
+    in_custom_jvp,
+    in_gradient_of_custom_jvp,
+    in_custom_vjp,
+    in_gradient_of_custom_vjp,
+]
+
+
+@pytest.mark.parametrize("function", IN_OTHER_PRIMITIVES)
 def test_convolutions_inside_other_primitives(function):
     """No convolution in another layout remains, however deep it stands, and values agree."""
     check(function, IMAGE, KERNEL)
+
+
+@pytest.mark.parametrize("function", IN_OTHER_PRIMITIVES)
+def test_fewer_multiplications_inside_other_primitives(function, monkeypatch):
+    """The gradients of kernels of three rows, as if they were large enough."""
+    before = len(list(convolutions(check(function, IMAGE, KERNEL).jaxpr)))
+    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_MULTIPLICATIONS", 1)
+    rewritten = check(function, IMAGE, KERNEL)
+    has_gradient = function not in (in_custom_jvp, in_custom_vjp)
+    assert (len(list(convolutions(rewritten.jaxpr))) > before) == has_gradient
 
 
 @pytest.mark.parametrize("loss", [smooth_loss, straight_loss])

@@ -11,6 +11,8 @@ from jax import lax
 from fedjax_core.execution.convolutions import count_convolutions, rewrite_convolutions
 from fedjax_core.execution.winograd import Tiling, convolve, find_tiling, matrices
 
+SAME = [(2, 2), (2, 2)]
+
 
 def exact(images, kernel, padding):
     """The convolution in float64, window by window."""
@@ -38,19 +40,17 @@ def test_the_identity_of_the_matrices(taps):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    taps=st.integers(3, 5),
     beyond=st.integers(0, 9),
     before=st.integers(-1, 4),
     after=st.integers(-1, 4),
     across=st.integers(1, 3),
 )
-def test_short_filters(taps, beyond, before, after, across):
+def test_filters_of_five_rows(beyond, before, after, across):
     """Any number of rows: what is left of a last tile is cut off."""
-    images, kernel = normal(0, 2, taps + 2 + beyond, 4, 3), normal(1, taps, across, 3, 2)
-    rows = images.shape[1] + before + after - taps + 1
-    tiling = Tiling(7 - taps, taps, tiles=-(-rows // (7 - taps)), blocks=1)
+    images, kernel = normal(0, 2, 7 + beyond, 4, 3), normal(1, 5, across, 3, 2)
+    tiling = Tiling(2, 5, tiles=-(-(7 + beyond + before + after - 4) // 2), blocks=1)
     got = convolve(jnp.asarray(images), jnp.asarray(kernel), [(before, after), (1, 0)], tiling)
     begin, end = max(-before, 0), images.shape[1] - max(-after, 0)
     padding = [(max(before, 0), max(after, 0)), (1, 0)]
@@ -59,7 +59,7 @@ def test_short_filters(taps, beyond, before, after, across):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(outputs=st.integers(3, 5), rows=st.integers(6, 15), padding=st.integers(0, 2))
 def test_long_filters(outputs, rows, padding):
     """The shapes of a kernel's gradient: a filter as long as the image, and few outputs."""
@@ -72,28 +72,60 @@ def test_long_filters(outputs, rows, padding):
     np.testing.assert_allclose(got, exact(images, kernel, around), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("taps", [3, 4, 5])
-def test_rounding_is_that_of_the_direct_sum_within_a_factor_of_four(taps):
+def test_rounding_is_that_of_the_direct_sum_within_a_factor_of_three():
     images = np.abs(normal(0, 2, 16, 16, 64))  # as ReLU leaves them
-    kernel, padding = normal(1, taps, taps, 64, 32), [(2, 1), (2, 1)]
-    rows = 16 + 3 - taps + 1
-    tiling = Tiling(7 - taps, taps, tiles=-(-rows // (7 - taps)), blocks=1)
+    kernel, tiling = normal(1, 5, 5, 64, 32), Tiling(2, 5, 8, 1)
+    check_rounding(images, kernel, SAME, tiling)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_rounding_of_gradients_of_kernels(rows):
+    block, pad = 7 - rows, (rows - 1) // 2
+    padding = [(pad, rows - 1 - pad)] * 2
+    images, cotangents = np.abs(normal(0, 32, 16, 16, 20)), normal(1, 16, 16, 20, 64)
+    check_rounding(images, cotangents, padding, Tiling(rows, block, 1, -(-16 // block)))
+
+
+def check_rounding(images, kernel, padding, tiling):
     expected = exact(images, kernel, padding)
     direct = lax.conv_general_dilated(
         images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     got = convolve(jnp.asarray(images), jnp.asarray(kernel), padding, tiling)
-    assert relative_error(got, expected) < 4 * relative_error(direct, expected)
+    assert relative_error(got, expected) < 3 * relative_error(direct, expected)
+
+
+@pytest.mark.parametrize("begin", range(12))
+def test_a_window_of_zeros_gives_zero(begin):
+    """To the bit, for ReLU and pooling take zero for what it is."""
+    images = normal(0, 1, 16, 8, 4)
+    images[:, begin : begin + 5] = 0
+    got = convolve(jnp.asarray(images), normal(1, 5, 5, 4, 3), [(0, 0), (2, 2)], Tiling(2, 5, 6, 1))
+    assert not np.any(got[:, begin])
+    assert np.all(got[:, max(begin - 5, 0) : begin].any((0, 2, 3)))
+
+
+def test_a_large_row_spoils_no_window_without_it():
+    images, kernel = normal(0, 1, 12, 8, 4), normal(1, 5, 5, 4, 3)
+    images[:, 6] *= 1e6
+    padding, tiling = [(0, 0), (2, 2)], Tiling(2, 5, 4, 1)
+    got = convolve(jnp.asarray(images), jnp.asarray(kernel), padding, tiling)
+    expected = exact(images, kernel, padding)
+    without = [row for row in range(8) if not row <= 6 < row + 5]
+    np.testing.assert_allclose(got[:, without], expected[:, without], rtol=1e-4, atol=1e-4)
 
 
 def spec(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-SAME = [(2, 2), (2, 2)]
 CUT = {
     "five rows": (spec(20, 14, 14, 32), spec(5, 5, 32, 64), Tiling(2, 5, 7, 1)),
-    "three rows": (spec(8, 28, 28, 64), spec(3, 3, 64, 64), Tiling(4, 3, 8, 1)),
+    "many rows": (spec(20, 36, 36, 32), spec(5, 5, 32, 64), Tiling(2, 5, 18, 1)),
+    "an odd number of rows": (spec(20, 13, 13, 32), spec(5, 5, 32, 64), Tiling(2, 5, 7, 1)),
+    "three rows": (spec(8, 28, 28, 64), spec(3, 3, 64, 64), None),
+    "a gradient of three rows": (spec(32, 14, 14, 20), spec(16, 16, 20, 64), Tiling(3, 4, 1, 4)),
+    "smaller than its kernel": (spec(64, 2, 2, 64), spec(9, 9, 64, 64), None),
     "a kernel's gradient": (spec(32, 14, 14, 20), spec(14, 14, 20, 64), Tiling(5, 2, 1, 7)),
     "one channel": (spec(20, 28, 28, 1), spec(5, 5, 1, 32), None),
     "few filters": (spec(20, 28, 28, 32), spec(5, 5, 32, 16), None),
@@ -128,7 +160,8 @@ def test_all_three_convolutions_of_a_training_step_are_cut():
     both = jax.value_and_grad(loss, argnums=(0, 1))
     jaxpr = jax.make_jaxpr(both)(images, kernel)
     rewritten = rewrite_convolutions(jaxpr)
-    assert count_convolutions(rewritten.jaxpr) == 3 * 6
+    # The direct one stands beside the six of it, for other platforms.
+    assert count_convolutions(rewritten.jaxpr) == 3 * (6 + 1)
     run = jax.jit(lambda j, *xs: jax.core.eval_jaxpr(j.jaxpr, j.consts, *xs), static_argnums=0)
     for got, expected in zip(
         run(rewritten, images, kernel), run(jaxpr, images, kernel), strict=True
@@ -160,3 +193,50 @@ def test_other_convolutions_stay_direct(changed):
 
     rewritten = rewrite_convolutions(jax.make_jaxpr(convolution)(images))
     assert count_convolutions(rewritten.jaxpr) == 1
+
+
+def convolution(images):
+    return lax.conv_general_dilated(
+        images, KERNEL, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+KERNEL = normal(1, 5, 5, 32, 64)
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 6), ("cuda", 1), ("tpu", 1)])
+def test_other_platforms_sum_directly(platform, count):
+    """What is exported from a CPU for them, too."""
+    images = normal(0, 20, 14, 14, 32)
+    rewritten = rewrite_convolutions(jax.make_jaxpr(convolution)(images))
+    run = jax.jit(lambda x: jax.core.eval_jaxpr(rewritten.jaxpr, rewritten.consts, x))
+    module = jax.export.export(run, platforms=(platform,))(images).mlir_module()
+    assert module.count("stablehlo.convolution") == count
+
+
+def test_a_symbolic_number_of_images_is_summed_directly():
+    (batch,) = jax.export.symbolic_shape("batch")
+    jaxpr = jax.make_jaxpr(convolution)(spec(batch, 14, 14, 32))
+    assert count_convolutions(rewrite_convolutions(jaxpr).jaxpr) == 1
+
+
+def test_a_rewritten_function_can_be_transformed():
+    """Derivatives of derivatives, and vmap over images and kernels."""
+    images, kernels = normal(0, 2, 20, 8, 8, 32), 0.1 * normal(1, 2, 5, 5, 32, 32)
+    layout = ("NHWC", "HWIO", "NHWC")
+
+    def loss(images, kernel):
+        out = lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return jnp.mean(jnp.sin(out))
+
+    jaxpr = rewrite_convolutions(jax.make_jaxpr(loss)(images[0], kernels[0]))
+    assert count_convolutions(jaxpr.jaxpr) == 7
+    rewritten = lambda *xs: jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *xs)[0]  # noqa: E731
+
+    def curvature(function):
+        gradient = jax.grad(function, argnums=1)
+        along = lambda x, k: jax.jvp(lambda k: gradient(x, k), (k,), (k,))[1]  # noqa: E731
+        return jax.vmap(along)(images, kernels)
+
+    got, expected = jax.jit(lambda: (curvature(rewritten), curvature(loss)))()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))

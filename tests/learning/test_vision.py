@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen
 
+from fedjax_core.errors import FederatedTypeError
 from fedjax_core.learning.networks import ConvPool, max_pool_2x2
 from fedjax_core.models import emnist_cnn, linear, two_nn
 
@@ -64,7 +65,29 @@ def test_pooling_shares_its_gradient_at_ties():
 
 def test_pooling_keeps_what_is_not_a_number():
     x = jnp.zeros((1, 2, 2, 1)).at[0, 1, 0, 0].set(jnp.nan)
+    gradient = jax.grad(lambda x: max_pool_2x2(x).sum() * jnp.nan)(x)
     assert jnp.isnan(max_pool_2x2(x)).all()
+    assert jnp.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_dtypes_of_the_cnn_are_those_of_flax(inputs, dtype):
+    """Images of other dtypes, parameters of other dtypes, and parameters under x64."""
+    x = jnp.ones((2, 8, 6, inputs), dtype)
+    ours, flax = ConvPool(5), linen.Conv(5, (5, 5))
+    with jax.enable_x64(True):
+        variables = flax.init(KEY, x)
+        dtypes = lambda tree: jax.tree.map(lambda v: v.dtype, tree)  # noqa: E731
+        assert dtypes(ours.init(KEY, x)) == dtypes(variables)
+    for own in (variables, jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables)):
+        assert ours.apply(own, x).dtype == flax.apply(own, x).dtype
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 6, 1), (2, 8, 5, 3), (8, 8, 1)])
+def test_images_that_cannot_be_pooled_by_two_are_refused(shape):
+    with pytest.raises(FederatedTypeError, match="even height and width"):
+        ConvPool(5).init(KEY, jnp.ones(shape))
 
 
 @pytest.mark.parametrize("inputs", [1, 3])
