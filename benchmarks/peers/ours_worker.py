@@ -3,6 +3,8 @@
 Started with a number, that many clients run side by side.
 """
 
+import dataclasses
+import functools
 import sys
 
 import jax
@@ -15,14 +17,21 @@ from benchmarks import workloads
 from benchmarks.peers import jax_lstm, protocol
 from benchmarks.workloads import Data, Params, Workload
 
-EXECUTION = fc.Execution(donate=True, lanes=int(sys.argv[1]) if sys.argv[1:] else "auto")
+EXECUTION = fc.Execution(donate=True)
 
 
 class OursSession:
     """A dataset, an algorithm and its state."""
 
-    def __init__(self, workload: Workload, data: Data, params: Params) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        data: Data,
+        params: Params,
+        execution: fc.Execution = EXECUTION,
+    ) -> None:
         self._workload = workload
+        self._execution = execution
         ids = tuple(f"{i:06}" for i in range(len(data.sizes)))
         dataset = fc.datasets.FederatedDataset(data.features, data.offsets, ids)
         self._dataset = dataset.on_device()
@@ -31,7 +40,7 @@ class OursSession:
             client_optimizer=optax.sgd(workload.learning_rate),
             batch_size=workload.batch_size,
             num_epochs=workload.num_epochs,
-            execution=EXECUTION,
+            execution=execution,
         )
         state = self._algorithm.init(jax.random.key(workload.seed))
         self._state = state._replace(params=_nested(params))
@@ -54,7 +63,7 @@ class OursSession:
 
     def executed(self, sizes: np.ndarray) -> tuple[int | None, int | None]:
         """See `protocol.Session`."""
-        if EXECUTION.num_lanes(len(sizes)) > 1:
+        if self._execution.num_lanes(len(sizes)) > 1:
             return None, None
         steps = int(workloads.steps(self._workload, sizes).sum())
         return steps, steps * self._workload.batch_size
@@ -90,4 +99,6 @@ def _nested(params: Params) -> dict[str, dict[str, jax.Array]]:
 
 if __name__ == "__main__":
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    raise SystemExit(protocol.serve(OursSession, packages, lambda threads: None))
+    lanes = int(sys.argv[1]) if sys.argv[1:] else "auto"
+    build = functools.partial(OursSession, execution=dataclasses.replace(EXECUTION, lanes=lanes))
+    raise SystemExit(protocol.serve(build, packages, lambda threads: None))
