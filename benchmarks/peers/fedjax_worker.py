@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 if not hasattr(jax, "tree_map"):  # FedJAX needs it, and JAX has dropped it
-    jax.tree_map = jax.tree.map
+    jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue]
 
 import fedjax
 import haiku as hk

@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import linen  # noqa: TID253 - who imports this module is about to make a network
+from flax.linen.dtypes import promote_dtype  # noqa: TID253
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -84,7 +85,7 @@ class ConvPool(linen.Module):
         shape = (5, 5, images.shape[-1], self.channels)
         kernel = self.param("kernel", _glorot, shape, jnp.float32)
         bias = self.param("bias", linen.initializers.zeros, shape[-1:], jnp.float32)
-        images, kernel, bias = linen.dtypes.promote_dtype(images, kernel, bias)
+        images, kernel, bias = promote_dtype(images, kernel, bias)
         pooled = _single(images, kernel) if images.shape[-1] == 1 else _several(images, kernel)
         return jax.nn.relu(pooled + bias.reshape(1, 1, 1, -1))
 
