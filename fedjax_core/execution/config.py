@@ -87,8 +87,8 @@ class Execution:
         "dispatched", a program for one wave, which the host calls (it sees every wave, and can stop
         between them); "auto" is "streamed".
       lanes: how many clients run side by side in one wave of the streamed mode, on each device.
-        "auto" is a function of the backend alone: 1 on CPU, where batching the clients' own weights
-        only adds work, else 16.
+        "auto" is a function of the backend alone: 1 on CPU, where clients side by side take a model
+        with convolutions twice the time and more, and gain small ones little; else 16.
       mesh: the devices to spread the clients over; None for one device. What the server has is on
         all of them. See `fedjax_core.execution.sharding`.
       axis: the axis of `mesh`, or several, along which the clients are spread. The devices along
@@ -192,7 +192,7 @@ class Execution:
         if self.lanes != "auto":
             return Choice(mode, min(int(self.lanes), on_device), why_mode, chosen)
         if self.platform == "cpu":
-            why = "one after the other, as on a CPU batching the clients' weights only adds work"
+            why = "one after the other: side by side gains a CPU little, and convolutions lose"
             return Choice(mode, 1, why_mode, why)
         why = "side by side, as one client alone does not fill the device"
         return Choice(mode, min(16, on_device), why_mode, why)
