@@ -48,7 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rounds.py $(ROUNDS)
 	$(BIN)/python benchmarks/simulation.py $(SIMULATION)
 
-# Where JAX finds a GPU and FedJAX, Haiku and PyTorch are installed beside it; PYTHON runs it as it is.
+# PYTHON has the library with a JAX that finds the GPU, and FedJAX, Haiku and PyTorch beside it.
 bench-gpu:
 	JAX_PLATFORMS=cuda $(PYTHON) benchmarks/rounds.py --peers-here --peers fedjax,pytorch \
 	  --lanes 1,4,16,64,256 --no-check --output benchmarks/results/rounds_gpu.json

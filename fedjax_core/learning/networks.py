@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def _single(images: Array, kernel: Array) -> Array:
         for i, j in itertools.product(range(2), range(2))
     ]
     positions = seen.reshape(-1, 36) @ jnp.concatenate(shifted, -1).reshape(36, -1)
-    windows = positions.reshape(batch, height // 2, width // 2, 4, -1)
+    windows = positions.reshape(batch, height // 2, width // 2, 4, kernel.shape[-1])
     return _largest(windows, (3,))
 
 
@@ -123,7 +124,7 @@ class FedAvgCNN(linen.Module):
         hidden = images
         for index, channels in enumerate((32, 64)):
             hidden = ConvPool(channels, name=f"Conv_{index}")(hidden)
-        hidden = hidden.reshape(len(hidden), -1)
+        hidden = hidden.reshape(len(hidden), math.prod(hidden.shape[1:]))
         hidden = jax.nn.relu(linen.Dense(512, kernel_init=_glorot)(hidden))
         return linen.Dense(self.num_classes, kernel_init=_glorot)(hidden)
 
@@ -142,7 +143,7 @@ class DenseNetwork(linen.Module):
     @linen.compact
     def __call__(self, images: Float[Array, " batch *shape"]) -> Float[Array, " batch classes"]:
         """Logits of the images."""
-        hidden = images.reshape(len(images), -1)
+        hidden = images.reshape(len(images), math.prod(images.shape[1:]))
         for units in self.hidden:
             hidden = jax.nn.relu(linen.Dense(units, kernel_init=_glorot)(hidden))
         return linen.Dense(self.num_classes, kernel_init=_glorot)(hidden)

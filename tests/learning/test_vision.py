@@ -9,7 +9,7 @@ import pytest
 from flax import linen
 
 from fedjax_core.errors import FederatedTypeError
-from fedjax_core.learning.networks import ConvPool, max_pool_2x2
+from fedjax_core.learning.networks import ConvPool, DenseNetwork, FedAvgCNN, max_pool_2x2
 from fedjax_core.models import emnist_cnn, linear, two_nn
 
 KEY = jax.random.key(0)
@@ -47,6 +47,12 @@ def test_parameters_of_the_dense_networks():
     assert count_parameters(linear(3, (8, 8))) == 64 * 3 + 3
     assert count_parameters(two_nn()) == 199_210
     assert count_parameters(two_nn(62, hidden=10)) == 784 * 10 + 10 + 10 * 10 + 10 + 10 * 62 + 62
+
+
+@pytest.mark.parametrize("network", [FedAvgCNN(10), DenseNetwork(10, (5,))])
+def test_no_images_give_no_logits(network):
+    variables = network.init(KEY, jnp.ones((1, 28, 28, 1)))
+    assert network.apply(variables, jnp.ones((0, 28, 28, 1))).shape == (0, 10)
 
 
 def test_pooling_is_that_of_flax():
